@@ -1,0 +1,172 @@
+"""Ranks -> metrics. Full ranking over all items, ties against the target, column 0 (padding) never ranked.
+
+    python evaluate.py runs/mdsrec-demo-0                     the same numbers as the training run printed
+    python evaluate.py runs/mdsrec-demo-0 runs/sasrec-demo-0  and the paired difference between two runs
+
+One target per user, so Recall@K = HR@K. Every number exists twice: over all items, and `masked`, where the items of
+the user's own history are left out of the ranking (the target itself never is).
+"""
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import COLD
+from sources.common import UserError, command
+
+KS = (5, 10, 20, 50)
+HISTORY = ((1, 4), (5, 9), (10, 19), (20, None))          # groups of history length
+
+
+def _beats(scores, target):
+    """(B, N+1) bool: which other items score at least as high as the target. Raises ValueError on NaN or inf."""
+    if not torch.isfinite(scores).all():
+        row = int((~torch.isfinite(scores)).any(1).nonzero()[0])
+        raise ValueError(f"scores of row {row} are not finite: a NaN would rank first or last by accident")
+    beats = scores >= scores.gather(1, target[:, None])
+    beats[:, 0] = False
+    return beats.scatter_(1, target[:, None], False)
+
+
+def rank_of_target(scores, target, seen=None) -> torch.Tensor:
+    """Rank of each row's target among all items: (B,) int64, 0 = best. Every tie counts against the target.
+
+    scores: (B, N+1) finite, column j = item j; column 0 is padding and is never counted. target: (B,) int64 in 1..N.
+    seen: (B, M) int64 ids to leave out of the ranking, 0 = none, repeats allowed; the target itself is never left out.
+    Raises ValueError for a score that is not finite.
+    """
+    beats = _beats(scores, target)
+    return beats.sum(1) if seen is None else beats.scatter_(1, seen, False).sum(1)
+
+
+def metrics(ranks, ks=KS) -> dict:
+    """{"recall@k", "ndcg@k", "mrr@k"} as float64 means over users; one relevant item each (so HR@k = recall@k).
+
+    ranks: (U,) int, 0 = best. NDCG@k = 1 / log2(rank + 2) and MRR@k = 1 / (rank + 1) inside the first k, else 0.
+    """
+    ranks = np.asarray(ranks, np.float64)
+    out = {}
+    for k in ks:
+        hit = ranks < k
+        for name, gain in (("recall", hit), ("ndcg", hit / np.log2(ranks + 2)), ("mrr", hit / (ranks + 1))):
+            out[f"{name}@{k}"] = float(gain.mean()) if len(ranks) else 0.0
+    return out
+
+
+@torch.no_grad()
+def ranks_of(model, rows, device, budget=None):
+    """Ranks of every row's target, plain and with the history masked: two (rows,) int64 arrays in the order of `rows`.
+
+    rows: `Data.evaluated_rows`. budget: how many scores are held at once (default: 2^22 on the CPU, 2^26 elsewhere);
+    the table of items is made once, users are scored sorted by length, trimmed, in chunks of budget / n_items.
+    """
+    training = model.training
+    model.eval()
+    table = model.encode_items()
+    plain, masked = (torch.empty(len(rows), dtype=torch.long, device=device) for _ in range(2))
+    order = np.argsort(rows.lengths, kind="stable")
+    on_device = torch.as_tensor(order, device=device)
+    leaf = next(iter(table.values())) if isinstance(table, dict) else table[0] if isinstance(table, tuple) else table
+    size = max(1, (budget or (2 ** 22 if torch.device(device).type == "cpu" else 2 ** 26)) // len(leaf))
+    for first in range(0, len(rows), size):
+        chunk = order[first:first + size]
+        index = on_device[first:first + size]
+        batch = rows.batch(index, int(rows.lengths[chunk].max()))
+        target = rows.flat[rows.end[index]]
+        beats = _beats(model.score({"user": batch["user"], "seq": batch["seq"]}, table).float(), target)
+        plain[index] = beats.sum(1)
+        masked[index] = beats.scatter_(1, rows.seen(index, int(rows.history[chunk].max())), False).sum(1)
+    model.train(training)
+    return plain.cpu().numpy(), masked.cpu().numpy()
+
+
+def evaluate(model, data, cfg, split, device) -> dict:
+    """Full-ranking evaluation of one split ("valid" or "test").
+
+    Returns the metrics over all evaluated users, and under "masked" the same with histories masked, "groups" and
+    "groups_masked" (name -> {"users": n, metrics}), "users" (how many), "ranks", "ranks_masked" (users,) int64 arrays.
+    Groups: cold (fewer than 10 training occurrences of the target) and warm, length of the input history, target with
+    and without text and picture. model: the contract's encode_items and score. cfg: needs max_len.
+    """
+    rows = data.evaluated_rows(split, cfg.max_len, device)
+    if not len(rows):
+        raise UserError(f"{data.name} has no {split} targets: an evaluated user needs at least 3 interactions")
+    plain, masked = ranks_of(model, rows, device)
+    target = data.flat[data.targets[split][rows.users]]
+    groups = {name: member for name, member in _groups(model, data, rows, target) if member.any()}
+    by_group = lambda ranks: {g: {"users": int(m.sum())} | metrics(ranks[m]) for g, m in groups.items()}
+    return metrics(plain) | {"masked": metrics(masked), "groups": by_group(plain), "groups_masked": by_group(masked),
+                             "users": len(rows), "ranks": plain, "ranks_masked": masked}
+
+
+def _groups(model, data, rows, target):
+    """(name, (rows,) bool) of each group."""
+    cold = data.train_counts[target] < COLD
+    yield "cold", cold
+    yield "warm", ~cold
+    for low, high in HISTORY:
+        yield f"history {low}-{high}" if high else f"history {low}+", \
+            (rows.history >= low) & (rows.history <= (high or math.inf))
+    for modality in ("text", "image"):
+        has = data.has(modality)[target]
+        yield f"with {modality}", has
+        yield f"without {modality}", ~has
+
+
+def table(rows) -> str:
+    """Lines of one table from (label, users, metrics, masked metrics) rows."""
+    shown = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
+    lines = [f"{'':<22}{'users':>8}  " + "".join(f"{c:>11}" for c in shown) + "   masked:" +
+             "".join(f"{c:>11}" for c in shown[:2])]
+    for label, users, plain, masked in rows:
+        lines.append(f"{label:<22}{users:>8}  " + "".join(f"{plain[c]:>11.4f}" for c in shown) + " " * 10 +
+                     "".join(f"{masked[c]:>11.4f}" for c in shown[:2]))
+    return "\n".join(lines)
+
+
+def result_table(label, result) -> str:
+    """The test table of one evaluation: overall, then by group."""
+    return table([(label, result["users"], result, result["masked"]),
+                  *((f"  {g}", m["users"], m, result["groups_masked"][g]) for g, m in result["groups"].items())])
+
+
+def paired(a, b, k=10, draws=10_000, seed=0) -> dict:
+    """Paired bootstrap over users of the difference in NDCG@k between two runs' ranks: {"difference", "low", "high"}.
+
+    a, b: (U,) ranks of the same users in the same order; low and high bound the 95 % interval. Raises ValueError.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"the runs rank {len(a)} and {len(b)} users: only runs on the same data set can be compared")
+    gain = lambda r: np.where(np.asarray(r) < k, 1 / np.log2(np.asarray(r, float) + 2), 0)
+    difference, rng = gain(a) - gain(b), np.random.default_rng(seed)
+    means = np.array([difference[rng.integers(0, len(a), len(a))].mean() for _ in range(draws)])
+    return {"difference": difference.mean(), "low": np.quantile(means, .025), "high": np.quantile(means, .975)}
+
+
+def main():
+    from train import open_run           # train imports this file; a script may import both
+    parser = argparse.ArgumentParser(description="Evaluate a finished run; with two runs, compare them.",
+                                     allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/mdsrec-demo-0")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    args = parser.parse_args()
+    if len(args.runs) > 2:
+        raise UserError("give one run folder to evaluate, or two to compare")
+    ranks = []
+    for run in args.runs:
+        model, data, cfg, device = open_run(Path(run), args.device)
+        result = evaluate(model, data, cfg, "test", device)
+        print(result_table(Path(run).resolve().name, result))
+        ranks.append((data.about["items_sha256"], result["ranks"]))
+    if len(ranks) == 2:
+        if ranks[0][0] != ranks[1][0] or len(ranks[0][1]) != len(ranks[1][1]):
+            raise UserError(f"{args.runs[0]} and {args.runs[1]} are runs on different data or splits")
+        d = paired(ranks[0][1], ranks[1][1])
+        print(f"\nNDCG@10 of the first minus the second: {d['difference']:+.4f}, "
+              f"95 % interval {d['low']:+.4f} to {d['high']:+.4f} (paired bootstrap over users)")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,163 @@
+"""What every source shares: the shape of what it reads, the cleaning of strangers' text, safe writes.
+
+A source (one file in this folder) turns raw files into a `Raw`; `sources.prepare` turns a `Raw` into `data/<name>/`.
+"""
+import hashlib
+import html
+import json
+import os
+import re
+import sys
+import tempfile
+import unicodedata
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message is one sentence: what, where, and what to do. Exit code 2."""
+
+
+@dataclass
+class Raw:
+    """Interactions and items as a source read them. The three interaction lists are parallel, in the file's order."""
+    users: list                                  # str keys
+    items: list                                  # str keys
+    times: list                                  # int: seconds since 1970, or any order numbers (see clock)
+    catalog: dict                                # item key -> {"title": str, "text": [str], "language": str, "images": [str]}
+    report: dict = field(default_factory=dict)   # what was found and dropped while reading, by name of the defect
+    clock: str = "seconds"                       # seconds | day | order ("order" means the times are no real times)
+    core: int = 0                                # iterative k-core on users and items; 0 = none
+    need_catalog: bool = False                   # drop interactions with items that the catalog does not have
+    item_order: list = None                      # item keys in id order; None = sorted by key
+    user_order: list = None                      # user keys in row order; None = sorted by key
+    features: dict = field(default_factory=dict) # modality -> (encoder name, float32 (len(item_order), D); a zero row = missing)
+    published: dict = field(default_factory=dict)  # the counts that papers print: {"users": ..., "items": ..., "interactions": ..., "source": ...}
+    image_root: str = ""                         # folder that relative picture paths start from; "" = the processed folder
+    extra: dict = field(default_factory=dict)    # file name -> {array name: array}, saved beside the data as .npz (the demo's oracle)
+
+
+TAG = re.compile(r"<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)|</?[a-zA-Z][^<>]*(>|$)", re.S | re.I)
+
+
+def clean_text(value) -> str:
+    """Any JSON value -> one line of plain text: entities decoded, tags and scripts gone, NFC, single spaces.
+
+    Lists are joined by a space; dicts give their values; None, NaN and booleans give "". Non-ASCII letters stay.
+    """
+    if value is None or isinstance(value, bool) or value != value:
+        return ""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return " ".join(filter(None, map(clean_text, value)))
+    text = TAG.sub(" ", html.unescape(html.unescape(str(value))))
+    text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)   # control, lone surrogates
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def sentences(*parts, limit=2000) -> list:
+    """Clean, non-empty, distinct texts in the order given; each is cut at `limit` characters."""
+    return list(dict.fromkeys(t for t in (clean_text(p)[:limit] for p in parts) if t))
+
+
+def k_core(users, items, k):
+    """Boolean mask (n,) of the interactions left when users and items with fewer than k are dropped until none is.
+
+    users, items: int arrays (n,).
+    """
+    keep = np.ones(len(users), bool)
+    while k > 1:
+        few_u = np.bincount(users[keep], minlength=users.max(initial=0) + 1) < k
+        few_i = np.bincount(items[keep], minlength=items.max(initial=0) + 1) < k
+        drop = keep & (few_u[users] | few_i[items])
+        if not drop.any():
+            break
+        keep &= ~drop
+    return keep
+
+
+@contextmanager
+def atomic(path, mode="w"):
+    """Open a temporary file beside `path`; on success it is synced and takes the place of `path` in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.fchmod(fd, 0o644)
+        with os.fdopen(fd, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value):
+    with atomic(path) as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}): remove it and run the same command again") from None
+
+
+def set_aside(path):
+    """Rename an existing file or folder to the first free `path~N`, so that nothing on disk is lost."""
+    path = Path(path)
+    n = 1
+    while (aside := path.with_name(f"{path.name}~{n}")).exists():
+        n += 1
+    path.rename(aside)
+    return aside
+
+
+def sha256(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def keys_sha256(keys) -> str:
+    """Fingerprint of item keys in id order: what ties a feature file or a model to its catalog."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def write_features(folder, modality, encoder, tensors, keys, about):
+    """Write `features/<modality>-<encoder>.safetensors` and, beside it, the json that says what it is.
+
+    tensors: name -> array of N+1 rows; names are catalog keys (text, has_text, sentences, sentences_mask, ...).
+    keys: item keys in id order (N). about: what else fixes the numbers (weights, backend, template, versions).
+    """
+    stem = Path(folder) / "features" / f"{modality}-{encoder_slug(encoder)}"
+    with atomic(stem.with_suffix(".safetensors"), "wb") as f:
+        f.write(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+    write_json(f"{stem}.json", {"modality": modality, "encoder": encoder, "items": len(keys),
+                                "items_sha256": keys_sha256(keys),
+                                "shapes": {k: list(v.shape) for k, v in tensors.items()}, **about})
+
+
+def encoder_slug(encoder) -> str:
+    """An encoder's name as part of a file name: `sentence-transformers/all-MiniLM-L6-v2` -> `...-all-minilm-l6-v2`."""
+    return re.sub(r"[^a-z0-9_-]+", "-", str(encoder).lower()).strip("-")
+
+
+def command(main):
+    """Run a script's main(): a UserError becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what was finished is on disk", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,186 @@
+"""Every file in models/ by itself: the contract between a model file and the loop. A new file is tested the moment it exists."""
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+
+FILES = train.MODELS
+N, B, L = 40, 6, 9
+TEXT, IMAGE = 12, 20
+
+
+def make_catalog(seed=0, text=True, image=True):
+    """Every catalog key of the contract on random numbers; a tenth of the items lacks a text or a picture."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=g)
+    has_text, has_image = (torch.rand(N + 1, generator=g) > .1 for _ in range(2))
+    has_text &= text
+    has_image &= image
+    has_text[0] = has_image[0] = False
+    mask = lambda has: (torch.rand(N + 1, 3, generator=g) > .4).index_fill_(1, torch.tensor([0]), True) & has[:, None]
+    sentences_mask, pictures_mask = mask(has_text), mask(has_image)
+    seqs = [torch.randint(1, N + 1, (int(n),), generator=g).tolist() for n in torch.randint(1, 15, (30,), generator=g)]
+    return {"n_items": N, "text": rand(N + 1, TEXT) * has_text[:, None], "image": rand(N + 1, IMAGE) * has_image[:, None],
+            "has_text": has_text, "has_image": has_image, "sentences": rand(N + 1, 3, TEXT) * sentences_mask[..., None],
+            "sentences_mask": sentences_mask, "pictures": rand(N + 1, 3, TEXT) * pictures_mask[..., None],
+            "pictures_mask": pictures_mask, "lang": torch.randint(1, 4, (N + 1,), generator=g).index_fill_(0, torch.tensor([0]), 0),
+            "train_seqs": seqs, "titles": ["", *(f"thing {i}" if h else "" for i, h in enumerate(has_text[1:]))],
+            "image_paths": [None] * (N + 1)}
+
+
+def make(name, tmp_path, seed=0, **changes):
+    """(module, model, cfg) of a small model on a catalog that holds only what the file READS."""
+    module = train.load_model_file(name)
+    fields = {f.name for f in dataclasses.fields(module.Config)}
+    settings = {"dim": 16, "max_len": 20, "text_encoder": "tiny", "image_encoder": "tiny", "cache_dir": str(tmp_path)}
+    cfg = module.Config(**{k: v for k, v in settings.items() if k in fields})
+    full = make_catalog(**changes)
+    catalog = {k: v for k, v in full.items() if k in (*module.READS, "n_items")}
+    return module, train.build(module.Model, cfg, catalog, "cpu", seed), cfg
+
+
+def make_batch(seed=1, length=L, shortest=1):
+    """Left-padded rows of different lengths, the item after each position as target."""
+    g = torch.Generator().manual_seed(seed)
+    items = torch.randint(1, N + 1, (B, length + 1), generator=g)
+    sizes = torch.randint(shortest, length + 1, (B,), generator=g)
+    sizes[0] = length
+    real = torch.arange(length) >= length - sizes[:, None]
+    return {"user": torch.arange(B), "seq": items[:, :-1] * real, "target": items[:, 1:] * real}
+
+
+def trainable(model):
+    return any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FILES)
+class TestContract:
+    def test_names_and_recipe(self, name, tmp_path):
+        module, _, _ = make(name, tmp_path)
+        words = {f.name for f in dataclasses.fields(module.Config)}
+        assert words >= {"dim", "heads", "layers", "dropout", "max_len", "batch_size", "prefixes", "lr", "weight_decay",
+                         "epochs", "patience"}
+        assert module.Config() == module.Config()                # every field has a default
+        for preset in getattr(module, "PRESETS", {}).values():
+            module.Config(**preset)
+
+    def test_losses_and_scores(self, name, tmp_path):
+        _, model, _ = make(name, tmp_path)
+        losses = model(make_batch())
+        assert next(iter(losses)) == "next_item"
+        assert all(v.dim() == 0 and v.isfinite() for v in losses.values())
+        scores = model.eval().score({k: v for k, v in make_batch().items() if k != "target"}, model.encode_items())
+        assert scores.shape == (B, N + 1) and scores.isfinite().all()
+
+    def test_table_has_a_row_for_every_item(self, name, tmp_path):
+        _, model, _ = make(name, tmp_path)
+        assert all(len(leaf) == N + 1 for leaf in leaves(model.eval().encode_items()))
+
+    def test_every_weight_gets_a_gradient(self, name, tmp_path):
+        _, model, _ = make(name, tmp_path)
+        if not trainable(model):
+            return
+        sum(model(make_batch(length=20)).values()).backward()
+        for key, weight in model.named_parameters():
+            if weight.requires_grad:
+                assert weight.grad is not None and weight.grad.isfinite().all(), key
+                assert weight.dim() < 2 or weight.grad.abs().sum() > 0, key
+
+    def test_training_lowers_the_loss(self, name, tmp_path):
+        _, model, cfg = make(name, tmp_path)
+        if not trainable(model):
+            return
+        optimizer, batch = torch.optim.Adam(model.parameters(), lr=3e-3), make_batch()
+        before = sum(model.eval()(batch).values()).item()
+        for _ in range(30):
+            optimizer.zero_grad()
+            sum(model.train()(batch).values()).backward()
+            optimizer.step()
+        assert sum(model.eval()(batch).values()).item() < before
+
+    def test_no_position_sees_its_future(self, name, tmp_path):
+        _, model, cfg = make(name, tmp_path)
+        if cfg.prefixes or not trainable(model):
+            return                                               # a prefix row has no future in it
+        batch, t = make_batch(shortest=L), 4
+        batch["target"][:, t + 1:] = 0                           # losses at the first positions only
+        changed = dict(batch, seq=batch["seq"].clone())
+        changed["seq"][:, t + 1:] = changed["seq"][:, t + 1:] % N + 1
+        torch.testing.assert_close(seeded(model.eval(), batch), seeded(model, changed))
+        changed["seq"][:, t] = changed["seq"][:, t] % N + 1      # and the test does see a change it should see
+        assert not torch.allclose(seeded(model, batch), seeded(model, changed))
+
+    def test_trimming_a_batch_changes_nothing(self, name, tmp_path):
+        _, model, _ = make(name, tmp_path)
+        table, batch = model.eval().encode_items(), make_batch(shortest=L)
+        longer = dict(batch, seq=torch.cat([torch.zeros(B, 7, dtype=torch.long), batch["seq"]], 1))
+        torch.testing.assert_close(model.score(longer, table), model.score(batch, table), rtol=1e-4, atol=1e-5)
+
+    def test_padding_content_changes_nothing(self, name, tmp_path):
+        _, model, _ = make(name, tmp_path)
+        table, batch = model.eval().encode_items(), make_batch()
+        assert (batch["seq"] == 0).any()
+        before = model.score(batch, table)[:, 1:]
+        torch.testing.assert_close(model.score(batch, garbage_row_0(table))[:, 1:], before)
+
+    def test_rows_of_a_batch_do_not_meet(self, name, tmp_path):
+        _, model, _ = make(name, tmp_path)
+        table, batch = model.eval().encode_items(), make_batch()
+        alone = {k: v[2:3] for k, v in batch.items()}
+        torch.testing.assert_close(model.score(alone, table)[0], model.score(batch, table)[2], rtol=1e-4, atol=1e-5)
+
+    def test_same_seed_same_numbers(self, name, tmp_path):
+        runs = []
+        for _ in range(2):
+            _, model, _ = make(name, tmp_path, seed=3)
+            losses = model(make_batch())
+            runs.append([v.item() for v in losses.values()] + [p.sum().item() for p in model.parameters()])
+        assert runs[0] == runs[1]
+
+    def test_state_holds_weights_only_and_loads_on_another_catalog(self, name, tmp_path):
+        _, model, _ = make(name, tmp_path)
+        _, other, _ = make(name, tmp_path, seed=9)
+        assert set(model.state_dict()) == {k for k, _ in model.named_parameters()}
+        other.load_state_dict(model.state_dict(), strict=True)
+        _, third, _ = make(name, tmp_path, text=False)
+        third.load_state_dict(model.state_dict(), strict=True)
+
+    @pytest.mark.parametrize("missing", ["text", "image"])
+    def test_a_wholly_missing_modality(self, name, missing, tmp_path):
+        _, model, _ = make(name, tmp_path, **{missing: False})
+        losses = model(make_batch())
+        if trainable(model):
+            sum(losses.values()).backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        assert all(v.isfinite() for v in losses.values())
+        assert model.eval().score(make_batch(), model.encode_items()).isfinite().all()
+
+    def test_imports_nothing_of_the_project_and_runs_alone(self, name, tmp_path):
+        shutil.copy(ROOT / "models" / f"{name}.py", tmp_path / "copied.py")
+        done = subprocess.run([sys.executable, "-I", "copied.py"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+
+
+def seeded(model, batch):
+    torch.manual_seed(0)                                         # sampled negatives must not hide or make a difference
+    return next(iter(model(batch).values())).detach()
+
+
+def leaves(table):
+    return table.values() if isinstance(table, dict) else table if isinstance(table, tuple) else [table]
+
+
+def garbage_row_0(table):
+    def spoil(leaf):
+        leaf = leaf.detach().clone()
+        leaf[0] = 7 if leaf.is_floating_point() else leaf[1]
+        return leaf
+    if isinstance(table, dict):
+        return {k: spoil(v) for k, v in table.items()}
+    return tuple(map(spoil, table)) if isinstance(table, tuple) else spoil(table)

@@ -1,0 +1,226 @@
+"""The loop from the command line: what is written, resume after a kill, bad steps, stages, several seeds."""
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+
+import train
+from sources.common import UserError
+
+SMALL = ("--dim", 16, "--epochs", 4, "--batch_size", 16)
+
+TOY = '''
+from dataclasses import dataclass
+import torch
+from torch import nn
+READS = ()
+@dataclass
+class Config:
+    dim: int = 8           # size of everything
+    heads: int = 1
+    layers: int = 1
+    dropout: float = 0.
+    max_len: int = 20
+    batch_size: int = 16
+    prefixes: bool = True
+    lr: float = 1e-2
+    weight_decay: float = 0.
+    epochs: int = 3
+    patience: int = 3
+    pretrain_epochs: int = 2
+    pretrain_lr: float = 1e-3
+    schedule: str = "cosine"
+class Pretrain(nn.Module):
+    rows = "items"
+    def __init__(self, cfg, catalog):
+        super().__init__()
+        self.item = nn.Embedding(catalog["n_items"] + 1, cfg.dim)
+    def forward(self, batch):
+        return {"norm": (self.item(batch["item"]).norm(dim=-1) - 1).square().mean()}
+class Model(nn.Module):
+    def __init__(self, cfg, catalog):
+        super().__init__()
+        self.item = nn.Embedding(catalog["n_items"] + 1, cfg.dim)
+        self.started = 0
+    def init_from(self, state):
+        assert set(state) == set(self.state_dict())
+        self.load_state_dict(state)
+        assert (self.item.weight.norm(dim=-1).mean() - 1).abs() < (torch.randn(99, 8).norm(dim=-1).mean() - 1).abs()
+    def param_groups(self, cfg):
+        return [{"params": [self.item.weight], "lr": cfg.lr / 2, "weight_decay": 0.1}]
+    def on_epoch_start(self, epoch):
+        self.started = epoch
+    def forward(self, batch):
+        assert self.started and batch["target"][:, -1].all()
+        x = self.item(batch["seq"][:, -1]) @ self.item.weight.T
+        return {"next_item": nn.functional.cross_entropy(x, batch["target"][:, -1]), "twice": 0.1 * x.square().mean()}
+    def encode_items(self):
+        return (self.item.weight,)
+    def score(self, batch, table):
+        return table[0][batch["seq"][:, -1]] @ table[0].T
+'''
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_run_and_its_evaluation(shop, tmp_path):
+    done = run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, cwd=tmp_path)
+    folder = tmp_path / "runs" / "sasrec-shop-0"
+    assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "model.safetensors", "state.safetensors",
+                                                  "ranks-test.npy", "metrics.json"}
+    result = metrics_of(folder)
+    assert {"valid", "valid_masked", "test", "test_masked", "groups", "groups_masked"} <= result.keys()
+    assert set(result["test"]) == {f"{m}@{k}" for m in ("recall", "ndcg", "mrr") for k in (5, 10, 20, 50)}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4]
+    best = max(log, key=lambda line: line["valid"]["ndcg@10"])
+    assert result["best_epoch"] == best["epoch"] and result["valid"] == best["valid"]
+    assert len(np.load(folder / "ranks-test.npy")) == result["users"] == 60
+    table = done.stdout[done.stdout.index("                         users"):].split("best epoch")[0].strip()
+    again = run("evaluate.py", folder, cwd=tmp_path).stdout
+    rows = lambda text: [line.split()[-7:] for line in text.splitlines() if line.strip() and line.split()[-1][0] == "0"]
+    assert rows(table) == rows(again) and len(rows(table)) >= 5
+    assert f"{result['test']['ndcg@10']:.4f}" in table
+    both = run("evaluate.py", folder, folder, cwd=tmp_path).stdout
+    assert "+0.0000, 95 % interval +0.0000 to +0.0000" in both
+
+
+def test_an_earlier_run_is_never_overwritten(shop, tmp_path):
+    for lr in ("1e-3", "1e-2"):
+        run("train.py", "--model", "sasrec", "--data", "shop", "--lr", lr, "--dim", 8, "--epochs", 1, cwd=tmp_path)
+    config = lambda name: json.loads((tmp_path / "runs" / name / "config.json").read_text())["config"]
+    assert config("sasrec-shop-0")["lr"] == 1e-2 and config("sasrec-shop-0~1")["lr"] == 1e-3
+
+
+def test_several_seeds(shop, tmp_path):
+    printed = run("train.py", "--model", "sasrec", "--data", "shop", "--seeds", "3,4", *SMALL, cwd=tmp_path).stdout
+    values = [metrics_of(tmp_path / "runs" / f"sasrec-shop-{s}")["test"]["ndcg@10"] for s in (3, 4)]
+    assert values[0] != values[1]
+    line = next(line for line in printed.splitlines() if line.startswith("sasrec on shop") and "±" in line)
+    assert f"{np.mean(values):.4f} ±{np.std(values, ddof=1):.4f}" in line
+
+
+@pytest.mark.parametrize("model", ["sasrec", "mdsrec", "pop"])
+def test_the_same_command_gives_the_same_bits(shop, tmp_path, model):
+    settings = () if model == "pop" else SMALL
+    for out in ("a", "b"):
+        run("train.py", "--model", model, "--data", "shop", "--out", out, *settings, cwd=tmp_path)
+    a, b = (tmp_path / out / f"{model}-shop-0" for out in "ab")
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert metrics_of(a)["test"] == metrics_of(b)["test"]
+
+
+def kill_in_epoch(command, folder, epochs, cwd):
+    """Start the command, and kill -9 it some way into the epoch after `epochs`; True when it was still running."""
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = folder / "log.jsonl", time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) >= epochs:
+            time.sleep(.03)
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(.005)
+    return process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("model, settings", [("sasrec", ()), ("mdsrec", (("--batch_size", 32),)), ("toy.py", (("--pretrain_epochs", 6),)),
+                                             ("toy.py", (("--pretrain_epochs", 1),))])
+def test_killed_and_resumed_is_the_same_to_the_bit(shop, tmp_path, model, settings):
+    (tmp_path / "toy.py").write_text(TOY)
+    args = ["--model", model, "--data", "shop", "--epochs", 12, "--patience", 12, "--dim", 8, "--batch_size", 4,
+            *(x for pair in settings for x in pair)]
+    run("train.py", *args, "--out", "whole", cwd=tmp_path)
+    folder = lambda out: tmp_path / out / f"{Path(model).stem}-shop-0"
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", "killed"]
+    assert kill_in_epoch(command, folder("killed"), 3, tmp_path), "the run ended before it could be killed"
+    assert not (folder("killed") / "metrics.json").exists()
+    printed = run("train.py", *args, "--out", "killed", "--resume", cwd=tmp_path).stdout
+    epochs = 12 + dict(settings).get("--pretrain_epochs", 0)
+    assert len(re.findall(r"^(?:pre)?train epoch ", printed, re.M)) <= epochs - 3      # it went on, it did not start over
+    for file in ("model.safetensors", "ranks-test.npy"):
+        assert (folder("whole") / file).read_bytes() == (folder("killed") / file).read_bytes()
+    whole, killed = (metrics_of(folder(out)) for out in ("whole", "killed"))
+    assert all(whole[k] == killed[k] for k in ("valid", "test", "test_masked", "groups", "best_epoch", "epochs"))
+    log = lambda out: [(r["stage"], r["epoch"], r["losses"], r.get("valid")) for r in
+                       map(json.loads, (folder(out) / "log.jsonl").read_text().splitlines())]
+    assert log("whole") == log("killed")
+
+
+def test_resume_refuses_other_settings(shop, tmp_path):
+    args = ("--model", "sasrec", "--data", "shop", "--dim", 8, "--epochs", 1)
+    run("train.py", *args, cwd=tmp_path)
+    done = run("train.py", *args, "--resume", "--lr", "0.5", cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and "(lr)" in done.stderr and "Traceback" not in done.stderr
+    assert "is finished" in run("train.py", *args, "--resume", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("args, sentence", [
+    (("--model", "sasrec", "--data", "shop", "--colour", "red"), "--colour"),
+    (("--model", "sasrec", "--data", "shop", "--epoch", "1"), "--epoch"),          # no abbreviations either
+    (("--model", "nobody", "--data", "shop"), "--model nobody is unknown"),
+    (("--model", "sasrec", "--data", "nowhere"), "neither a folder nor a known data set"),
+    (("--model", "sasrec", "--data", "shop", "--heads", "3"), "multiple of heads"),
+    (("--model", "sasrec", "--data", "shop", "--loss", "hinge"), "invalid choice"),
+    (("--model", "sasrec", "--data", "shop", "--device", "cuda:77"), "--device cuda:77"),
+    (("--model", "sasrec", "--data", "shop", "--seeds", "1,x"), "--seeds"),
+    (("--model", "mdsrec", "--data", "shop", "--use_ica", "perhaps"), "neither true nor false")])
+def test_bad_input_is_one_sentence_and_exit_code_2(shop, tmp_path, args, sentence):
+    done = run("train.py", *args, cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_help_shows_every_setting_with_its_default(tmp_path):
+    printed = " ".join(run("train.py", "--model", "mdsrec", "--help", cwd=tmp_path).stdout.split())
+    assert "--neighbors" in printed and "H = 10 in general" in printed and "(default: 16.0)" in printed
+    assert "--mask_history" in printed and "sasrec" in run("train.py", "--help", cwd=tmp_path).stdout
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named():
+    model = torch.nn.Linear(3, 1)
+    optimizer = train.optimizer_of(model, train.SimpleNamespace(weight_decay=0.), 1e-2)
+    optimizer.zero_grad()
+    before = [p.clone() for p in model.parameters()]
+    bad = {"x": torch.full((2, 3), torch.nan)}
+    loss = lambda b: {"next_item": model(b["x"]).mean(), "other": torch.zeros(())}
+    with pytest.raises(UserError, match=r"epoch 7, step 0: the loss next_item is not finite .*\[8, 9\]"):
+        train.train_epoch(model, loss, optimizer, [(bad, np.array([8, 9]))], 5., torch.device("cpu"), "epoch 7")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    good = {"x": torch.ones(2, 3)}
+    with pytest.raises(UserError, match="step 1"):               # found at the end, though good steps followed it
+        train.train_epoch(model, loss, optimizer, [(b, np.array([1])) for b in (good, bad, good)], 5.,
+                          torch.device("cpu"), "epoch 8")
+    assert all(p.isfinite().all() for p in model.parameters()) and not torch.equal(before[0], model.weight)
+
+
+def test_a_truncated_checkpoint_is_one_sentence(shop, tmp_path):
+    args = ("--model", "sasrec", "--data", "shop", "--dim", 8, "--epochs", 1)
+    run("train.py", *args, cwd=tmp_path)
+    path = tmp_path / "runs" / "sasrec-shop-0" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    done = run("evaluate.py", path.parent, cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and "model.safetensors cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_presets_and_flags(shop):
+    args, module = train.parse(["--model", "mdsrec", "--data", "x", "--neighbors", "7", "--use_ica", "false"])
+    cfg = train.configure(module, args, "baby-folder")
+    assert (cfg.neighbors, cfg.centers, cfg.use_ica, cfg.use_cre) == (7, 32, False, True)
+
+
+def test_nothing_unsafe_is_read_or_run():
+    """No pickle, no eval, no shell in the sources."""
+    bad = ("pickle.", "import pickle", "torch.load(", "allow_pickle=True", " eval(", "=eval(", "shell=True", "os.system")
+    for path in ROOT.rglob("*.py"):
+        if path.parent.name != "tests" and ".venv" not in path.parts:
+            text = path.read_text()
+            assert not [b for b in bad if b in text], path

@@ -1,0 +1,481 @@
+"""The loop, one for every model: `python train.py --model mdsrec --data demo`.
+
+The command line is built from the fields of the model's Config (`--model mdsrec --help` shows each with its default);
+PRESETS of the model file change defaults per data set, flags change both. What a run leaves behind is in
+`runs/<model>-<data>-<seed>/`: config.json, log.jsonl, model.safetensors (best validation epoch), state.safetensors
+(last epoch, for --resume), ranks-test.npy (rank of the target, one per test user), metrics.json.
+
+Each epoch draws its random numbers from (seed, stage, epoch) alone, so a resumed run has no generator state to restore.
+"""
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import json
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from tqdm import tqdm
+
+import data as datasets
+import evaluate as evaluation
+import extract_features
+from sources import NAMES
+from sources.common import UserError, atomic, command, read_json, set_aside, write_json
+
+HERE = Path(__file__).resolve().parent
+MODELS = sorted(p.stem for p in (HERE / "models").glob("[a-z]*.py"))
+SELECT = "ndcg@10"                       # the validation metric that chooses the epoch
+CHECK_EVERY = 500                        # steps between two looks at the flag for bad steps, within long epochs
+SCHEDULES = {                            # learning-rate factor at a share of all epochs, 0 <= share < 1
+    "constant": lambda share: 1.0,
+    "step": lambda share: 1.0 if share < .8 else .1,
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: .5 * (1 + np.cos(np.pi * share)),
+}
+
+
+# ---------------------------------------------------------------- the command line
+
+def load_model_file(name):
+    """models/<name>.py, or any file given by its path -> module. Raises UserError."""
+    path = Path(name) if name.endswith(".py") else HERE / "models" / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"--model {name} is unknown: give one of {', '.join(MODELS)}, or the path of a model file")
+    spec = importlib.util.spec_from_file_location(f"models.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module      # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def common_arguments():
+    parser = argparse.ArgumentParser(
+        description="Train and test one model on one data set.", allow_abbrev=False, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="With --model NAME --help, also the model's own settings.")
+    add = parser.add_argument
+    add("--model", required=True, help=f"{', '.join(MODELS)}, or the path of a model file")
+    add("--data", required=True, help=f"a folder, or {', '.join(NAMES)}, amazon2018:CATEGORY, amazon2023:CATEGORY")
+    add("--text", help="text encoder (default: the features that came with the data, else hash)")
+    add("--image", help="image encoder (default: the features that came with the data, else pixels)")
+    add("--seed", type=int, default=0, help="seed of weights, order and dropout (default: 0)")
+    add("--seeds", help="several seeds, such as 0,1,2: runs each and prints mean and standard deviation")
+    add("--split", choices=datasets.SPLITS, default="leave_one_out")
+    add("--core", type=int, help="k-core on users and items (default: the source's own)")
+    add("--mask_history", action="store_true", help="select the epoch by masked validation metrics")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--clip_norm", type=float, default=5.0, help="largest gradient norm (default: 5)")
+    add("--out", default="runs", help="folder for run folders (default: runs)")
+    add("--resume", action="store_true", help="go on where the same command was interrupted")
+    add("--mirror", help="base URL to download a known data set from")
+    return parser
+
+
+def parse(argv=None):
+    """Command line -> (args, model module, names of the Config fields that were given). Unknown flags end with exit code 2."""
+    parser = common_arguments()
+    model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    model.add_argument("--model")
+    name = model.parse_known_args(argv)[0].model
+    module = load_model_file(name) if name else None
+    parser.add_argument("-h", "--help", action="help")
+    if module:
+        group = parser.add_argument_group(f"settings of {name}")
+        comments = dict(re.findall(r"^ +(\w+):.*?# *(.+)$", inspect.getsource(module.Config), re.M))
+        hints = get_type_hints(module.Config)
+        for field in dataclasses.fields(module.Config):
+            choices = get_args(hints[field.name]) if hints[field.name] not in (int, float, str, bool) else None
+            group.add_argument(f"--{field.name}", type=_boolean if hints[field.name] is bool else
+                               type(field.default), choices=choices, default=None, metavar=None if choices else "",
+                               help=f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%"))
+    args = parser.parse_args(argv)
+    args.model = Path(name).stem
+    args.model_file = name
+    return args, module
+
+
+def _boolean(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def configure(module, args, data_name):
+    """Config: its defaults, changed by PRESETS for the data set, changed by flags."""
+    names = [f.name for f in dataclasses.fields(module.Config)]
+    preset = getattr(module, "PRESETS", {}).get(data_name.removesuffix("-folder"), {})
+    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    return module.Config(**{**preset, **given})
+
+
+def pick_device(name=None):
+    """torch.device; says in one line when there is no GPU. Raises UserError for a device that is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            print(f"no GPU found: running on the CPU with {torch.get_num_threads()} threads")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from None
+    return device
+
+
+# ---------------------------------------------------------------- building
+
+def build_catalog(module, data, text, image):
+    """The catalog dict with the keys that the model file READS, and no others (`n_items` always)."""
+    catalog = data.catalog(module.READS)
+    for modality, encoder in (("text", text), ("image", image)):
+        if set(module.READS) & set(extract_features.KEYS[modality]):
+            features = extract_features.features(data, modality, encoder)
+            catalog |= {k: v for k, v in features.items() if k in module.READS}
+    return catalog
+
+
+def build(model_class, cfg, catalog, device, seed):
+    """Seeded weights on the device. A setting the model refuses (ValueError) is the user's to mend: UserError."""
+    seed_everything(seed)
+    try:
+        return model_class(cfg, catalog).to(device)
+    except ValueError as e:
+        raise UserError(f"{model_class.__name__} refuses its settings: {e}") from None
+
+
+def seed_everything(*numbers):
+    """Start Python's, numpy's and torch's generators from a few integers; independent streams for different integers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+
+
+def optimizer_of(model, cfg, lr):
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kind = getattr(cfg, "optimizer", "adam")
+    if kind not in kinds:
+        raise UserError(f"--optimizer {kind} is unknown: give one of {', '.join(kinds)}")
+    groups = (model.param_groups(cfg) if hasattr(model, "param_groups") else
+              [{"params": [p for p in model.parameters() if p.requires_grad]}])
+    # fused: one kernel for all weights, and it takes `found_inf`, by which a bad step is skipped on the device
+    return kinds[kind](groups, lr=lr, weight_decay=cfg.weight_decay, fused=True)
+
+
+def open_run(run, device=None):
+    """A finished run folder -> (model with its best weights, data, cfg, device). Raises UserError."""
+    if not (run / "model.safetensors").is_file():
+        raise UserError(f"{run} holds no finished run (no model.safetensors): give a folder that train.py made")
+    settings = read_json(run / "config.json")
+    module, device = load_model_file(settings["model_file"]), pick_device(device)
+    data = datasets.load(settings["data"], split=settings["split"], core=settings["core"])
+    if data.about["items_sha256"] != settings["items_sha256"]:
+        raise UserError(f"{run} was trained on other items than {data.folder} holds now: train it again")
+    cfg = module.Config(**settings["config"])
+    model = build(module.Model, cfg, build_catalog(module, data, settings["text"], settings["image"]), device, 0)
+    load_weights(model, run / "model.safetensors")
+    return model, data, cfg, device
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_tensors(path, tensors, about=None):
+    with atomic(path, "wb") as f:
+        f.write(safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+                                       {"about": json.dumps(about or {})}))
+
+
+def load_tensors(path):
+    """(tensors, about). Raises UserError where the file is truncated or no safetensors file."""
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])
+    except Exception as e:               # the reader raises types of its own for each kind of damage
+        raise UserError(f"{path} cannot be read ({e}): remove it and train again without --resume") from None
+
+
+def load_weights(model, path):
+    try:
+        model.load_state_dict(load_tensors(path)[0])
+    except RuntimeError as e:
+        raise UserError(f"{path} holds other weights than the model has "
+                        f"({str(e).splitlines()[-1].strip()}): train again") from None
+
+
+def save_state(path, model, optimizer, progress):
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
+    save_tensors(path, tensors, progress)
+
+
+def load_state(tensors, model, optimizer):
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# ---------------------------------------------------------------- the loop
+
+class Watch:
+    """Sums of the loss terms, and the first step whose loss or gradient is not finite, kept on the device: no sync."""
+
+    def __init__(self, device):
+        self.steps, self.names, self.users = 0, [], {}
+        self.first_bad = torch.full((), -1, device=device)
+        self.sums = self.norm = self.bad_terms = None
+
+    def step(self, terms, norm, users):
+        """0-d losses by name, the gradient norm -> 0-d float 1. where this step must be skipped, else 0."""
+        values = torch.stack([t.detach().float() for t in terms.values()])
+        finite = values.isfinite()
+        bad = ~(finite.all() & norm.isfinite())
+        if self.sums is None:
+            self.names, self.sums = list(terms), torch.zeros_like(values)
+            self.norm, self.bad_terms = torch.zeros_like(norm), torch.zeros_like(finite)
+        new = bad & (self.first_bad < 0)
+        self.first_bad = torch.where(new, self.steps, self.first_bad)
+        self.norm, self.bad_terms = torch.where(new, norm, self.norm), torch.where(new, ~finite, self.bad_terms)
+        self.sums = self.sums + torch.where(bad, 0, values)
+        self.users[self.steps] = users
+        self.steps += 1
+        return bad.float()
+
+    def check(self, where, lr):
+        """Raises UserError for a bad step since the last check; the one wait for the device."""
+        step = int(self.first_bad)
+        if step >= 0:
+            terms = [n for n, b in zip(self.names, self.bad_terms.tolist()) if b]
+            raise UserError(
+                f"training stopped at {where}, step {step}: {'the loss ' + ', '.join(terms) if terms else 'the gradient'} "
+                f"is not finite (learning rate {lr:g}, gradient norm {float(self.norm):g}, first users of the batch "
+                f"{self.users[step][:5].tolist()}); the last good state is kept: look at those inputs or lower --lr")
+        self.users = {}
+
+    def means(self):
+        return dict(zip(self.names, (self.sums / self.steps).tolist()))
+
+
+def batches_of(kind, data, cfg, device, size, rng):
+    """(batch, numbers of its users or items on the host) of one epoch. kind: sequences | prefixes | items."""
+    if kind == "items":
+        order = 1 + rng.permutation(data.n_items)
+        on_device = torch.as_tensor(order, device=device)
+        for first in range(0, len(order), size):
+            yield {"item": on_device[first:first + size]}, order[first:first + size]
+    else:
+        rows = data.training_rows(kind, cfg.max_len, device)
+        for batch, index in rows.epoch(size, rng):
+            yield batch, rows.users[index]
+
+
+def train_epoch(model, forward, optimizer, batches, clip_norm, device, where):
+    """One pass over `batches`; mean of each loss term by name. Raises UserError where a loss is not finite."""
+    model.train()
+    watch = Watch(device)
+    weights = [p for g in optimizer.param_groups for p in g["params"]]
+    for batch, users in tqdm(batches, desc=where, unit=" steps", leave=False, disable=None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            terms = forward(batch)
+            loss = sum(terms.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, clip_norm, foreach=True)
+        optimizer.found_inf = watch.step(terms, norm, users)
+        optimizer.step()
+        if watch.steps % CHECK_EVERY == 0:
+            watch.check(where, optimizer.param_groups[0]["lr"])
+    watch.check(where, optimizer.param_groups[0]["lr"])
+    return watch.means()
+
+
+def train_stage(model, stage, cfg, data, args, device, run, resume):
+    """Train one stage to its end. stage: name, number, rows, epochs, lr, and whether validation chooses the epoch.
+
+    resume: (tensors, progress) of state.safetensors when the run was interrupted inside this stage, else None.
+    Returns the progress dict {"stage", "epoch", "best", "best_epoch", "seconds"}.
+    """
+    optimizer = optimizer_of(model, cfg, stage.lr)
+    progress = {"stage": stage.name, "epoch": 0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}
+    if resume:
+        load_state(resume[0], model, optimizer)
+        progress = resume[1]
+    base_lr = [stage.lr * g.get("lr", stage.lr) / stage.lr for g in optimizer.param_groups]
+    factor = SCHEDULES[getattr(cfg, "schedule", "constant")]
+    forward = torch.compile(model.forward, dynamic=True) if args.compile else model.forward
+    patience = cfg.patience if stage.validate else stage.epochs
+    for epoch in range(progress["epoch"] + 1, stage.epochs + 1):
+        if epoch - 1 - progress["best_epoch"] >= patience:
+            break
+        begin = time.perf_counter()
+        seed_everything(args.seed, stage.number, epoch)
+        rng = np.random.default_rng([args.seed, stage.number, epoch])
+        for group, lr in zip(optimizer.param_groups, base_lr):
+            group["lr"] = lr * factor((epoch - 1) / stage.epochs)
+        if hasattr(model, "on_epoch_start"):
+            model.on_epoch_start(epoch)
+        losses = train_epoch(model, forward, optimizer, batches_of(stage.rows, data, cfg, device, cfg.batch_size, rng),
+                             args.clip_norm, device, f"{stage.name} epoch {epoch}")
+        line = {"stage": stage.name, "epoch": epoch, "losses": losses, "seconds": time.perf_counter() - begin}
+        if stage.validate:
+            valid = evaluation.evaluate(model, data, cfg, "valid", device)
+            line["valid"] = {k: v for k, v in (valid["masked"] if args.mask_history else valid).items() if "@" in k}
+            line["seconds_with_validation"] = time.perf_counter() - begin
+            if line["valid"][SELECT] > progress["best"]:
+                progress |= {"best": line["valid"][SELECT], "best_epoch": epoch}
+                save_tensors(run / "model.safetensors", model.state_dict())
+        progress |= {"epoch": epoch, "seconds": progress["seconds"] + time.perf_counter() - begin}
+        with open(run / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+        save_state(run / "state.safetensors", model, optimizer, progress)
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in losses.items())
+        print(f"{stage.name} epoch {epoch:>3}  {shown}" + (f"  valid {SELECT} {line['valid'][SELECT]:.4f}"
+              f"{' *' if progress['best_epoch'] == epoch else '  '}" if stage.validate else "") +
+              f"  {line['seconds']:.1f} s", flush=True)
+    return progress
+
+
+def stages_of(module, cfg):
+    """The stages a model file asks for: Pretrain, if there is one and it has epochs, then Model."""
+    if hasattr(module, "Pretrain") and cfg.pretrain_epochs > 0:
+        yield SimpleNamespace(name="pretrain", number=0, model=module.Pretrain, rows=module.Pretrain.rows,
+                              epochs=cfg.pretrain_epochs, lr=getattr(cfg, "pretrain_lr", cfg.lr), validate=False)
+    yield SimpleNamespace(name="train", number=1, model=module.Model, rows="prefixes" if cfg.prefixes else "sequences",
+                          epochs=cfg.epochs, lr=cfg.lr, validate=True)
+
+
+def train(args, module, cfg, data, catalog, device, run):
+    """All stages of one seed; leaves the best weights in `run` and in the model returned with the progress."""
+    tensors, progress = load_tensors(run / "state.safetensors") if (run / "state.safetensors").is_file() else ({}, None)
+    _cut_log(run / "log.jsonl", progress)
+    pretrained = None
+    for stage in stages_of(module, cfg):
+        model = build(stage.model, cfg, catalog, device, args.seed)
+        weights = run / ("model.safetensors" if stage.validate else "pretrain.safetensors")
+        if pretrained is not None:
+            model.init_from(pretrained)
+        if not any(p.requires_grad for p in model.parameters()):       # a floor: nothing to train
+            save_tensors(weights, model.state_dict())
+            return model, {"stage": stage.name, "epoch": 0, "best_epoch": 0, "seconds": 0.0}
+        if progress and stage.name == "pretrain" and progress["stage"] == "train":
+            pretrained = load_tensors(weights)[0]                      # this stage was finished before the interruption
+            continue
+        resume = (tensors, progress) if progress and progress["stage"] == stage.name else None
+        done = train_stage(model, stage, cfg, data, args, device, run, resume)
+        if not stage.validate:
+            pretrained = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            save_tensors(weights, pretrained)
+    load_weights(model, weights)
+    return model, done
+
+
+def _cut_log(path, progress):
+    """Drop what the log says of epochs after the saved state: they are trained again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    order = {"pretrain": 0, "train": 1}
+    kept = [line for line in lines if progress and line.endswith("}") and
+            ((r := json.loads(line)) and (order[r["stage"]], r["epoch"]) <= (order[progress["stage"]], progress["epoch"]))]
+    with atomic(path) as f:
+        f.writelines(line + "\n" for line in kept)
+
+
+# ---------------------------------------------------------------- one run, several runs
+
+def run_seed(args, module, cfg, data, catalog, device):
+    """Train and test one seed. Returns the metrics that were written to metrics.json."""
+    run = Path(args.out) / f"{args.model}-{data.name}-{args.seed}"
+    settings = {"model": args.model, "model_file": args.model_file, "data": str(data.folder), "seed": args.seed,
+                "split": args.split, "core": args.core, "text": args.text, "image": args.image,
+                "mask_history": args.mask_history, "clip_norm": args.clip_norm, "config": dataclasses.asdict(cfg),
+                "items_sha256": data.about["items_sha256"]}
+    open_folder(run, settings, args.resume)
+    if args.resume and (run / "metrics.json").is_file():
+        print(f"{run} is finished")
+        return run, read_json(run / "metrics.json")
+    begin = time.perf_counter()
+    model, done = train(args, module, cfg, data, catalog, device, run)
+    valid, test = (evaluation.evaluate(model, data, cfg, split, device) for split in ("valid", "test"))
+    with atomic(run / "ranks-test.npy", "wb") as f:
+        np.save(f, test["ranks"])
+    plain = lambda r: {k: v for k, v in r.items() if "@" in k}
+    result = {"valid": plain(valid), "valid_masked": valid["masked"], "test": plain(test), "test_masked": test["masked"],
+              "groups": test["groups"], "groups_masked": test["groups_masked"], "users": test["users"],
+              "best_epoch": done["best_epoch"], "epochs": done["epoch"],
+              "seconds_training": done["seconds"], "seconds": time.perf_counter() - begin,
+              "parameters": sum(p.numel() for p in model.parameters()), "device": str(device),
+              "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
+    write_json(run / "metrics.json", result)
+    return run, result
+
+
+def open_folder(run, settings, resume):
+    """Make the run folder ready. An earlier run there is renamed, never overwritten; --resume needs the same settings."""
+    if resume and (run / "config.json").is_file():
+        before = read_json(run / "config.json")
+        flat = lambda s: {k: v for k, v in s.items() if k != "config"} | s.get("config", {})
+        changed = [k for k in flat(settings) if flat(before).get(k) != flat(settings)[k]]
+        if changed:
+            raise UserError(f"{run} was begun with other settings ({', '.join(changed)}): resume with the same command, "
+                            f"or leave --resume out")
+        return
+    if run.exists():
+        print(f"an earlier run is now {set_aside(run)}")
+    write_json(run / "config.json", settings)
+
+
+def report(label, result):
+    """The table a run ends with."""
+    shown = result["test"] | {"users": result["users"], "masked": result["test_masked"],
+                              "groups": result["groups"], "groups_masked": result["groups_masked"]}
+    return evaluation.result_table(label, shown)
+
+
+def summary(label, results):
+    """Mean and standard deviation over seeds, overall and by group, plain and masked."""
+    sd = lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    rows = [(label, [r["test"] for r in results], [r["test_masked"] for r in results])]
+    rows += [(f"  {g}", [r["groups"][g] for r in results], [r["groups_masked"][g] for r in results])
+             for g in results[0]["groups"]]
+    columns = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
+    cell = lambda ms, c: f"{np.mean([m[c] for m in ms]):>10.4f} ±{sd([m[c] for m in ms]):.4f}"
+    head = f"{'mean ± sd of ' + str(len(results)) + ' seeds':<22}" + "".join(f"{c:>18}" for c in columns) + "   masked:" + \
+        "".join(f"{c:>18}" for c in columns[:2])
+    return "\n".join([head] + [f"{name:<22}" + "".join(cell(a, c) for c in columns) + " " * 10 +
+                               "".join(cell(b, c) for c in columns[:2]) for name, a, b in rows])
+
+
+def main():
+    args, module = parse()
+    try:
+        seeds = [args.seed] if args.seeds is None else [int(s) for s in args.seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2") from None
+    device = pick_device(args.device)
+    data = datasets.load(args.data, split=args.split, core=args.core, mirror=args.mirror)
+    cfg = configure(module, args, data.name)
+    catalog = build_catalog(module, data, args.text, args.image)
+    results = []
+    for args.seed in seeds:
+        run, result = run_seed(args, module, cfg, data, catalog, device)
+        results.append(result)
+        print(f"\n{report(f'{args.model} on {data.name}', result)}\nbest epoch {result['best_epoch']} of {result['epochs']}, "
+              f"{result['seconds']:.0f} s, {result['parameters']} weights, everything in {run}\n", flush=True)
+    if len(results) > 1:
+        print(summary(f"{args.model} on {data.name}", results))
+
+
+if __name__ == "__main__":
+    command(main)
