@@ -10,21 +10,20 @@ time for all users at 80 % and 90 % of the interactions; the targets are each us
 import argparse
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
 
 from sources import NAMES, prepare
-from sources.common import UserError, command, encoder_slug, keys_sha256, read_json
+from sources.common import UserError, command, encoder_slug, keys_sha256, load_tensors, read_json
 
 COLD = 10                                # an item with fewer training occurrences is cold
 WINDOW = 32                              # rows are shuffled, then sorted by length inside windows of so many batches
 
 
-@dataclass
+@dataclass(eq=False)
 class Data:
     """One data set. User u's items are `flat[offsets[u]:offsets[u + 1]]`, oldest first; ids are 1..n_items, 0 is padding."""
     folder: Path
@@ -40,6 +39,7 @@ class Data:
     def __post_init__(self):
         self.train_end, valid, test = SPLITS[self.split](self)
         self.targets = {"valid": valid, "test": test}
+        self.rows = {}                   # evaluated rows already on a device
 
     @property
     def name(self):
@@ -70,14 +70,15 @@ class Data:
         in_train = np.arange(len(self.flat)) < np.repeat(self.train_end, np.diff(self.offsets))
         return np.bincount(self.flat[in_train], minlength=self.n_items + 1)
 
+    @lru_cache
     def has(self, modality) -> np.ndarray:
-        """(n_items + 1,) bool: which items have a text, or a picture. Features that came with the data decide first."""
+        """(n_items + 1,) bool: which items have a text, or a picture on disk; or such features, if they came with the data."""
         if given := self.about["features"].get(modality):
             path = self.folder / "features" / f"{modality}-{encoder_slug(given)}.safetensors"
-            return load_file(path)[f"has_{modality}"]
+            return load_tensors(path)[0][f"has_{modality}"].numpy()
         if modality == "text":
             return np.array([bool(i["title"] or i["text"]) for i in self.items])
-        return np.array([bool(i["images"]) for i in self.items])
+        return np.array([self.image_path(i) is not None for i in self.items])
 
     def catalog(self, reads) -> dict:
         """The catalog keys that need no encoder, as far as a model reads them (its READS)."""
@@ -94,7 +95,7 @@ class Data:
 
     def image_path(self, item):
         """Path of an item's first picture that is on disk, else None."""
-        root = Path(self.about.get("image_root") or self.folder)
+        root = self.folder / self.about["image_root"]
         return next((str(root / p) for p in item["images"] if "://" not in p and (root / p).is_file()), None)
 
     def training_rows(self, kind, max_len, device="cpu") -> "Rows":
@@ -109,8 +110,11 @@ class Data:
 
     def evaluated_rows(self, split, max_len, device="cpu") -> "Rows":
         """One row per user with a target in `split` ("valid" or "test"); the input is everything before the target."""
-        users = np.flatnonzero(self.targets[split] >= 0)
-        return Rows(self, users, self.targets[split][users], max_len, device, "evaluated")
+        key = (split, max_len, str(device))
+        if key not in self.rows:
+            users = np.flatnonzero(self.targets[split] >= 0)
+            self.rows[key] = Rows(self, users, self.targets[split][users], max_len, device, "evaluated")
+        return self.rows[key]
 
 
 class Rows:
@@ -221,7 +225,8 @@ def statistics(data) -> dict:
         "empty cells of users x items": (cells - len(np.unique(
             np.repeat(np.arange(data.n_users), lengths) * (data.n_items + 1) + data.flat)), cells),
         "items with text": (int(data.has("text").sum()), data.n_items),
-        "items with a picture": (int(data.has("image").sum()), data.n_items),
+        "items with a picture on disk, or its features": (int(data.has("image").sum()), data.n_items),
+        "items with a picture's address": (sum(any("://" in p for p in i["images"]) for i in data.items), data.n_items),
         "training interactions": int(data.train_counts.sum()),
         "evaluated users (validation, test)": [int((t >= 0).sum()) for t in data.targets.values()],
         f"cold test targets (< {COLD} training occurrences)": (int((data.train_counts[data.flat[test]] < COLD).sum()), len(test)),
@@ -243,7 +248,8 @@ def main():
         print(f"  {known['users']:>9} users {known['items']:>9} items {known['interactions']:>10} interactions   "
               f"as {known['source']} prints them")
     for what, n in data.about["report"].items():
-        print(f"  {what}: {', '.join(f'{k} {v}' for k, v in n.items()) if isinstance(n, dict) else n}")
+        if n:
+            print(f"  {what}: {', '.join(f'{k} {v}' for k, v in n.items() if v) if isinstance(n, dict) else n}")
     print()
     for what, n in statistics(data).items():
         shown = (f"{n[0]} of {n[1]} ({n[0] / n[1]:.2%})" if isinstance(n, tuple) and n[1] else

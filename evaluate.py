@@ -24,7 +24,7 @@ def _beats(scores, target):
     """(B, N+1) bool: which other items score at least as high as the target. Raises ValueError on NaN or inf."""
     if not torch.isfinite(scores).all():
         row = int((~torch.isfinite(scores)).any(1).nonzero()[0])
-        raise ValueError(f"scores of row {row} are not finite: a NaN would rank first or last by accident")
+        raise ValueError(f"scores of row {row} are not finite, and a NaN would rank by accident")
     beats = scores >= scores.gather(1, target[:, None])
     beats[:, 0] = False
     return beats.scatter_(1, target[:, None], False)
@@ -45,13 +45,16 @@ def metrics(ranks, ks=KS) -> dict:
     """{"recall@k", "ndcg@k", "mrr@k"} as float64 means over users; one relevant item each (so HR@k = recall@k).
 
     ranks: (U,) int, 0 = best. NDCG@k = 1 / log2(rank + 2) and MRR@k = 1 / (rank + 1) inside the first k, else 0.
+    Raises ValueError for no ranks at all: nothing has no mean.
     """
-    ranks = np.asarray(ranks, np.float64)
+    ranks = np.asarray(ranks.cpu() if isinstance(ranks, torch.Tensor) else ranks, np.float64)
+    if not len(ranks):
+        raise ValueError("there are no ranks to average")
     out = {}
     for k in ks:
         hit = ranks < k
         for name, gain in (("recall", hit), ("ndcg", hit / np.log2(ranks + 2)), ("mrr", hit / (ranks + 1))):
-            out[f"{name}@{k}"] = float(gain.mean()) if len(ranks) else 0.0
+            out[f"{name}@{k}"] = float(gain.mean())
     return out
 
 
@@ -60,16 +63,19 @@ def ranks_of(model, rows, device, budget=None):
     """Ranks of every row's target, plain and with the history masked: two (rows,) int64 arrays in the order of `rows`.
 
     rows: `Data.evaluated_rows`. budget: how many scores are held at once (default: 2^22 on the CPU, 2^26 elsewhere);
-    the table of items is made once, users are scored sorted by length, trimmed, in chunks of budget / n_items.
+    the table of items is made once, users are scored sorted by length, trimmed, in chunks of at most budget / n_items.
+    Matrix products are in true float32.
     """
-    training = model.training
+    training, precision = model.training, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     model.eval()
     table = model.encode_items()
     plain, masked = (torch.empty(len(rows), dtype=torch.long, device=device) for _ in range(2))
     order = np.argsort(rows.lengths, kind="stable")
     on_device = torch.as_tensor(order, device=device)
     leaf = next(iter(table.values())) if isinstance(table, dict) else table[0] if isinstance(table, tuple) else table
-    size = max(1, (budget or (2 ** 22 if torch.device(device).type == "cpu" else 2 ** 26)) // len(leaf))
+    size = (budget or (2 ** 22 if torch.device(device).type == "cpu" else 2 ** 26)) // len(leaf)
+    size = min(max(size, 1), 2048)       # in a small catalog too, rows of different lengths are kept apart
     for first in range(0, len(rows), size):
         chunk = order[first:first + size]
         index = on_device[first:first + size]
@@ -79,6 +85,7 @@ def ranks_of(model, rows, device, budget=None):
         plain[index] = beats.sum(1)
         masked[index] = beats.scatter_(1, rows.seen(index, int(rows.history[chunk].max())), False).sum(1)
     model.train(training)
+    torch.set_float32_matmul_precision(precision)
     return plain.cpu().numpy(), masked.cpu().numpy()
 
 
@@ -89,19 +96,21 @@ def evaluate(model, data, cfg, split, device) -> dict:
     "groups_masked" (name -> {"users": n, metrics}), "users" (how many), "ranks", "ranks_masked" (users,) int64 arrays.
     Groups: cold (fewer than 10 training occurrences of the target) and warm, length of the input history, target with
     and without text and picture. model: the contract's encode_items and score. cfg: needs max_len.
+    Raises UserError for scores that are not finite.
     """
     rows = data.evaluated_rows(split, cfg.max_len, device)
-    if not len(rows):
-        raise UserError(f"{data.name} has no {split} targets: an evaluated user needs at least 3 interactions")
-    plain, masked = ranks_of(model, rows, device)
+    try:
+        plain, masked = ranks_of(model, rows, device)
+    except ValueError as e:
+        raise UserError(f"the {split} evaluation stopped, {e}: look at the features, or train with a lower --lr") from None
     target = data.flat[data.targets[split][rows.users]]
-    groups = {name: member for name, member in _groups(model, data, rows, target) if member.any()}
+    groups = {name: member for name, member in _groups(data, rows, target) if member.any()}
     by_group = lambda ranks: {g: {"users": int(m.sum())} | metrics(ranks[m]) for g, m in groups.items()}
     return metrics(plain) | {"masked": metrics(masked), "groups": by_group(plain), "groups_masked": by_group(masked),
                              "users": len(rows), "ranks": plain, "ranks_masked": masked}
 
 
-def _groups(model, data, rows, target):
+def _groups(data, rows, target):
     """(name, (rows,) bool) of each group."""
     cold = data.train_counts[target] < COLD
     yield "cold", cold
@@ -115,21 +124,31 @@ def _groups(model, data, rows, target):
         yield f"without {modality}", ~has
 
 
-def table(rows) -> str:
-    """Lines of one table from (label, users, metrics, masked metrics) rows."""
-    shown = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
-    lines = [f"{'':<22}{'users':>8}  " + "".join(f"{c:>11}" for c in shown) + "   masked:" +
-             "".join(f"{c:>11}" for c in shown[:2])]
-    for label, users, plain, masked in rows:
-        lines.append(f"{label:<22}{users:>8}  " + "".join(f"{plain[c]:>11.4f}" for c in shown) + " " * 10 +
-                     "".join(f"{masked[c]:>11.4f}" for c in shown[:2]))
-    return "\n".join(lines)
+def summary(result) -> dict:
+    """What metrics.json keeps of a test evaluation: numbers only, by the names `test`, `test_masked`, `groups`, ..."""
+    return {"test": {k: v for k, v in result.items() if "@" in k}, "test_masked": result["masked"],
+            "groups": result["groups"], "groups_masked": result["groups_masked"], "users": result["users"]}
 
 
-def result_table(label, result) -> str:
-    """The test table of one evaluation: overall, then by group."""
-    return table([(label, result["users"], result, result["masked"]),
-                  *((f"  {g}", m["users"], m, result["groups_masked"][g]) for g, m in result["groups"].items())])
+def table(label, summaries) -> str:
+    """The table a run ends with: overall, then by group, plain and masked; mean ± sd where there are several seeds."""
+    plain, masked = ("recall@10", "ndcg@10", "recall@50", "ndcg@50"), ("recall@10", "ndcg@10")
+    width = 11 if len(summaries) == 1 else 17
+
+    def cell(values):
+        spread = f" ±{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.4f}{spread}".rjust(width)
+
+    def line(name, users, numbers, numbers_masked):
+        return (f"{name:<24}{users:>8} " + "".join(cell([n[c] for n in numbers]) for c in plain) + "  masked" +
+                "".join(cell([n[c] for n in numbers_masked]) for c in masked))
+
+    first = summaries[0]
+    head = f"{'':<24}{'users':>8} " + "".join(c.rjust(width) for c in plain) + " " * 8 + \
+        "".join(c.rjust(width) for c in masked)
+    return "\n".join([head, line(label, first["users"], [s["test"] for s in summaries], [s["test_masked"] for s in summaries])] + [
+        line(f"  {g}", first["groups"][g]["users"], [s["groups"][g] for s in summaries], [s["groups_masked"][g] for s in summaries])
+        for g in first["groups"]])
 
 
 def paired(a, b, k=10, draws=10_000, seed=0) -> dict:
@@ -158,10 +177,10 @@ def main():
     for run in args.runs:
         model, data, cfg, device = open_run(Path(run), args.device)
         result = evaluate(model, data, cfg, "test", device)
-        print(result_table(Path(run).resolve().name, result))
-        ranks.append((data.about["items_sha256"], result["ranks"]))
+        print(table(Path(run).resolve().name, [summary(result)]))
+        ranks.append(((data.about["sequences_sha256"], data.split), result["ranks"]))
     if len(ranks) == 2:
-        if ranks[0][0] != ranks[1][0] or len(ranks[0][1]) != len(ranks[1][1]):
+        if ranks[0][0] != ranks[1][0]:
             raise UserError(f"{args.runs[0]} and {args.runs[1]} are runs on different data or splits")
         d = paired(ranks[0][1], ranks[1][1])
         print(f"\nNDCG@10 of the first minus the second: {d['difference']:+.4f}, "

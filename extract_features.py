@@ -19,12 +19,11 @@ from importlib.metadata import version
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data as datasets
 from sources import NAMES
-from sources.common import UserError, command, encoder_slug, keys_sha256, read_json, write_features
+from sources.common import UserError, command, encoder_slug, keys_sha256, load_tensors, read_json, write_features
 
 KEYS = {"text": ("text", "has_text"), "image": ("image", "has_image")}
 DEFAULTS = {"text": "hash", "image": "pixels"}
@@ -43,10 +42,7 @@ def features(data, modality, encoder=None) -> dict:
     keys = [item["key"] for item in data.items[1:]]
     if not path.is_file():
         extract(data, modality, encoder, keys)
-    try:
-        about, tensors = read_json(f"{stem}.json"), load_file(path)
-    except Exception as e:               # the reader raises types of its own for each kind of damage
-        raise UserError(f"{path} cannot be read ({e}): remove it, then it is made again") from None
+    about, tensors = read_json(f"{stem}.json"), load_tensors(path)[0]
     if about["items_sha256"] != keys_sha256(keys) or any(len(t) != len(keys) + 1 for t in tensors.values()):
         raise UserError(f"{path} was made for other items, or for another order of them, than {data.folder} holds: "
                         f"remove it, then it is made again")

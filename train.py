@@ -12,7 +12,6 @@ import dataclasses
 import importlib.util
 import inspect
 import json
-import os
 import random
 import re
 import sys
@@ -22,8 +21,6 @@ from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
@@ -31,7 +28,8 @@ import data as datasets
 import evaluate as evaluation
 import extract_features
 from sources import NAMES
-from sources.common import UserError, atomic, command, read_json, set_aside, write_json
+from sources.common import (UserError, atomic, command, load_tensors, read_json, save_tensors, set_aside,
+                            write_json)
 
 HERE = Path(__file__).resolve().parent
 MODELS = sorted(p.stem for p in (HERE / "models").glob("[a-z]*.py"))
@@ -83,25 +81,25 @@ def common_arguments():
 
 
 def parse(argv=None):
-    """Command line -> (args, model module, names of the Config fields that were given). Unknown flags end with exit code 2."""
+    """Command line -> (args, model module). Flags that are not known end with exit code 2."""
     parser = common_arguments()
     model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     model.add_argument("--model")
     name = model.parse_known_args(argv)[0].model
-    module = load_model_file(name) if name else None
+    module = None if name is None else load_model_file(name)
     parser.add_argument("-h", "--help", action="help")
     if module:
         group = parser.add_argument_group(f"settings of {name}")
         comments = dict(re.findall(r"^ +(\w+):.*?# *(.+)$", inspect.getsource(module.Config), re.M))
         hints = get_type_hints(module.Config)
         for field in dataclasses.fields(module.Config):
-            choices = get_args(hints[field.name]) if hints[field.name] not in (int, float, str, bool) else None
-            group.add_argument(f"--{field.name}", type=_boolean if hints[field.name] is bool else
-                               type(field.default), choices=choices, default=None, metavar=None if choices else "",
+            hint = hints[field.name]     # int, float, str, bool, or Literal["a", "b"] for a choice
+            choices = get_args(hint) or None
+            group.add_argument(f"--{field.name}", type=_boolean if hint is bool else str if choices else hint,
+                               choices=choices, default=None, metavar=None if choices else "",
                                help=f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%"))
     args = parser.parse_args(argv)
-    args.model = Path(name).stem
-    args.model_file = name
+    args.model, args.model_file = Path(name).stem, str(Path(name).resolve()) if name.endswith(".py") else name
     return args, module
 
 
@@ -112,10 +110,18 @@ def _boolean(text):
 
 
 def configure(module, args, data_name):
-    """Config: its defaults, changed by PRESETS for the data set, changed by flags."""
+    """Config: its defaults, changed by PRESETS for the data set, changed by flags. Raises UserError for absurd numbers."""
     names = [f.name for f in dataclasses.fields(module.Config)]
     preset = getattr(module, "PRESETS", {}).get(data_name.removesuffix("-folder"), {})
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    for name, value in given.items():
+        if name in ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience") and value < 1:
+            raise UserError(f"--{name} {value} is too small: it must be at least 1")
+        if name in ("lr", "pretrain_lr") and not 0 < value < np.inf or name == "weight_decay" and not 0 <= value < np.inf \
+                or name == "dropout" and not 0 <= value < 1:
+            raise UserError(f"--{name} {value} makes no sense: rates are above 0, dropout is from 0 to below 1")
+    if preset:
+        print(f"settings for {data_name}: " + ", ".join(f"{k} {v}" for k, v in preset.items() if k not in given))
     return module.Config(**{**preset, **given})
 
 
@@ -155,7 +161,7 @@ def build(model_class, cfg, catalog, device, seed):
 
 
 def seed_everything(*numbers):
-    """Start Python's, numpy's and torch's generators from a few integers; independent streams for different integers."""
+    """Start Python's, numpy's and torch's generators from a few integers, such as (seed, stage, epoch)."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 
@@ -177,31 +183,20 @@ def open_run(run, device=None):
         raise UserError(f"{run} holds no finished run (no model.safetensors): give a folder that train.py made")
     settings = read_json(run / "config.json")
     module, device = load_model_file(settings["model_file"]), pick_device(device)
-    data = datasets.load(settings["data"], split=settings["split"], core=settings["core"])
-    if data.about["items_sha256"] != settings["items_sha256"]:
-        raise UserError(f"{run} was trained on other items than {data.folder} holds now: train it again")
-    cfg = module.Config(**settings["config"])
-    model = build(module.Model, cfg, build_catalog(module, data, settings["text"], settings["image"]), device, 0)
+    data = datasets.load(settings["data"], split=settings["split"])
+    if data.about["sequences_sha256"] != settings["sequences_sha256"]:
+        raise UserError(f"{run} was trained on other data than {data.folder} holds now: train it again")
+    try:
+        cfg = module.Config(**settings["config"])
+    except TypeError as e:
+        raise UserError(f"{run} was made by another version of the model ({e}): train it again") from None
+    catalog = build_catalog(module, data, settings["text"], settings["image"])
+    model = build(module.Model, cfg, catalog, device, settings["seed"])
     load_weights(model, run / "model.safetensors")
     return model, data, cfg, device
 
 
 # ---------------------------------------------------------------- checkpoints
-
-def save_tensors(path, tensors, about=None):
-    with atomic(path, "wb") as f:
-        f.write(safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-                                       {"about": json.dumps(about or {})}))
-
-
-def load_tensors(path):
-    """(tensors, about). Raises UserError where the file is truncated or no safetensors file."""
-    try:
-        with safetensors.safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])
-    except Exception as e:               # the reader raises types of its own for each kind of damage
-        raise UserError(f"{path} cannot be read ({e}): remove it and train again without --resume") from None
-
 
 def load_weights(model, path):
     try:
@@ -261,7 +256,7 @@ class Watch:
             terms = [n for n, b in zip(self.names, self.bad_terms.tolist()) if b]
             raise UserError(
                 f"training stopped at {where}, step {step}: {'the loss ' + ', '.join(terms) if terms else 'the gradient'} "
-                f"is not finite (learning rate {lr:g}, gradient norm {float(self.norm):g}, first users of the batch "
+                f"is not finite (learning rate {lr:g}, gradient norm {float(self.norm):g}, first users or items of the batch "
                 f"{self.users[step][:5].tolist()}); the last good state is kept: look at those inputs or lower --lr")
         self.users = {}
 
@@ -269,32 +264,38 @@ class Watch:
         return dict(zip(self.names, (self.sums / self.steps).tolist()))
 
 
-def batches_of(kind, data, cfg, device, size, rng):
-    """(batch, numbers of its users or items on the host) of one epoch. kind: sequences | prefixes | items."""
-    if kind == "items":
-        order = 1 + rng.permutation(data.n_items)
-        on_device = torch.as_tensor(order, device=device)
-        for first in range(0, len(order), size):
-            yield {"item": on_device[first:first + size]}, order[first:first + size]
-    else:
-        rows = data.training_rows(kind, cfg.max_len, device)
-        for batch, index in rows.epoch(size, rng):
-            yield batch, rows.users[index]
+class ItemRows:
+    """The rows of a stage whose batches are items: each item once per epoch."""
+
+    def __init__(self, data, device):
+        self.users, self.device = np.arange(1, data.n_items + 1), device
+
+    def __len__(self):
+        return len(self.users)
+
+    def epoch(self, batch_size, rng):
+        """Yields ({"item": (B,) ids}, row numbers on the host)."""
+        order = rng.permutation(len(self))
+        on_device = torch.as_tensor(self.users[order], device=self.device)
+        for first in range(0, len(order), batch_size):
+            yield {"item": on_device[first:first + batch_size]}, order[first:first + batch_size]
 
 
-def train_epoch(model, forward, optimizer, batches, clip_norm, device, where):
-    """One pass over `batches`; mean of each loss term by name. Raises UserError where a loss is not finite."""
+def train_epoch(model, forward, optimizer, rows, batch_size, rng, clip_norm, device, where):
+    """One pass over the rows; mean of each loss term by name. Raises UserError where a loss is not finite."""
     model.train()
     watch = Watch(device)
     weights = [p for g in optimizer.param_groups for p in g["params"]]
-    for batch, users in tqdm(batches, desc=where, unit=" steps", leave=False, disable=None):
+    steps = tqdm(rows.epoch(batch_size, rng), desc=where, unit=" steps", leave=False, disable=None,
+                 total=-(-len(rows) // batch_size))
+    for batch, index in steps:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             terms = forward(batch)
             loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, clip_norm, foreach=True)
-        optimizer.found_inf = watch.step(terms, norm, users)
+        optimizer.found_inf = watch.step(terms, norm, rows.users[index])
         optimizer.step()
         if watch.steps % CHECK_EVERY == 0:
             watch.check(where, optimizer.param_groups[0]["lr"])
@@ -313,7 +314,14 @@ def train_stage(model, stage, cfg, data, args, device, run, resume):
     if resume:
         load_state(resume[0], model, optimizer)
         progress = resume[1]
-    base_lr = [stage.lr * g.get("lr", stage.lr) / stage.lr for g in optimizer.param_groups]
+    if stage.rows == "items":
+        rows = ItemRows(data, device)
+    else:
+        rows = data.training_rows(stage.rows, cfg.max_len, device)
+    for what, empty in (("training rows", not len(rows)), *((f"{s} targets", data.targets[s].max() < 0) for s in data.targets)):
+        if empty:
+            raise UserError(f"{data.name} has no {what} under --split {data.split}: it needs users with more interactions")
+    base_lr = [g["lr"] for g in optimizer.param_groups]
     factor = SCHEDULES[getattr(cfg, "schedule", "constant")]
     forward = torch.compile(model.forward, dynamic=True) if args.compile else model.forward
     patience = cfg.patience if stage.validate else stage.epochs
@@ -327,22 +335,22 @@ def train_stage(model, stage, cfg, data, args, device, run, resume):
             group["lr"] = lr * factor((epoch - 1) / stage.epochs)
         if hasattr(model, "on_epoch_start"):
             model.on_epoch_start(epoch)
-        losses = train_epoch(model, forward, optimizer, batches_of(stage.rows, data, cfg, device, cfg.batch_size, rng),
-                             args.clip_norm, device, f"{stage.name} epoch {epoch}")
+        losses = train_epoch(model, forward, optimizer, rows, cfg.batch_size, rng, args.clip_norm, device,
+                             f"{stage.name} epoch {epoch}")
         line = {"stage": stage.name, "epoch": epoch, "losses": losses, "seconds": time.perf_counter() - begin}
         if stage.validate:
             valid = evaluation.evaluate(model, data, cfg, "valid", device)
-            line["valid"] = {k: v for k, v in (valid["masked"] if args.mask_history else valid).items() if "@" in k}
-            line["seconds_with_validation"] = time.perf_counter() - begin
-            if line["valid"][SELECT] > progress["best"]:
-                progress |= {"best": line["valid"][SELECT], "best_epoch": epoch}
+            line |= {"valid": {k: v for k, v in valid.items() if "@" in k}, "valid_masked": valid["masked"]}
+            chosen_by = line["valid_masked" if args.mask_history else "valid"][SELECT]
+            if chosen_by > progress["best"]:
+                progress |= {"best": chosen_by, "best_epoch": epoch}
                 save_tensors(run / "model.safetensors", model.state_dict())
         progress |= {"epoch": epoch, "seconds": progress["seconds"] + time.perf_counter() - begin}
         with open(run / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
         save_state(run / "state.safetensors", model, optimizer, progress)
         shown = "  ".join(f"{k} {v:.4f}" for k, v in losses.items())
-        print(f"{stage.name} epoch {epoch:>3}  {shown}" + (f"  valid {SELECT} {line['valid'][SELECT]:.4f}"
+        print(f"{stage.name} epoch {epoch:>3}  {shown}" + (f"  valid {SELECT} {chosen_by:.4f}"
               f"{' *' if progress['best_epoch'] == epoch else '  '}" if stage.validate else "") +
               f"  {line['seconds']:.1f} s", flush=True)
     return progress
@@ -384,23 +392,27 @@ def train(args, module, cfg, data, catalog, device, run):
 
 def _cut_log(path, progress):
     """Drop what the log says of epochs after the saved state: they are trained again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    order = {"pretrain": 0, "train": 1}
-    kept = [line for line in lines if progress and line.endswith("}") and
-            ((r := json.loads(line)) and (order[r["stage"]], r["epoch"]) <= (order[progress["stage"]], progress["epoch"]))]
+    kept, order = [], ("pretrain", "train")
+    for line in path.read_text(encoding="utf-8").splitlines() if progress and path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:               # the line that was being written when the run was killed
+            break
+        if (order.index(row["stage"]), row["epoch"]) <= (order.index(progress["stage"]), progress["epoch"]):
+            kept.append(line + "\n")
     with atomic(path) as f:
-        f.writelines(line + "\n" for line in kept)
+        f.writelines(kept)
 
 
 # ---------------------------------------------------------------- one run, several runs
 
 def run_seed(args, module, cfg, data, catalog, device):
-    """Train and test one seed. Returns the metrics that were written to metrics.json."""
+    """Train and test one seed. Returns (run folder, what was written to its metrics.json)."""
     run = Path(args.out) / f"{args.model}-{data.name}-{args.seed}"
-    settings = {"model": args.model, "model_file": args.model_file, "data": str(data.folder), "seed": args.seed,
-                "split": args.split, "core": args.core, "text": args.text, "image": args.image,
+    settings = {"model": args.model, "model_file": args.model_file, "data": str(data.folder.resolve()),
+                "seed": args.seed, "split": args.split, "text": args.text, "image": args.image,
                 "mask_history": args.mask_history, "clip_norm": args.clip_norm, "config": dataclasses.asdict(cfg),
-                "items_sha256": data.about["items_sha256"]}
+                "sequences_sha256": data.about["sequences_sha256"]}
     open_folder(run, settings, args.resume)
     if args.resume and (run / "metrics.json").is_file():
         print(f"{run} is finished")
@@ -410,9 +422,8 @@ def run_seed(args, module, cfg, data, catalog, device):
     valid, test = (evaluation.evaluate(model, data, cfg, split, device) for split in ("valid", "test"))
     with atomic(run / "ranks-test.npy", "wb") as f:
         np.save(f, test["ranks"])
-    plain = lambda r: {k: v for k, v in r.items() if "@" in k}
-    result = {"valid": plain(valid), "valid_masked": valid["masked"], "test": plain(test), "test_masked": test["masked"],
-              "groups": test["groups"], "groups_masked": test["groups_masked"], "users": test["users"],
+    result = {"valid": {k: v for k, v in valid.items() if "@" in k}, "valid_masked": valid["masked"],
+              **evaluation.summary(test),
               "best_epoch": done["best_epoch"], "epochs": done["epoch"],
               "seconds_training": done["seconds"], "seconds": time.perf_counter() - begin,
               "parameters": sum(p.numel() for p in model.parameters()), "device": str(device),
@@ -436,33 +447,14 @@ def open_folder(run, settings, resume):
     write_json(run / "config.json", settings)
 
 
-def report(label, result):
-    """The table a run ends with."""
-    shown = result["test"] | {"users": result["users"], "masked": result["test_masked"],
-                              "groups": result["groups"], "groups_masked": result["groups_masked"]}
-    return evaluation.result_table(label, shown)
-
-
-def summary(label, results):
-    """Mean and standard deviation over seeds, overall and by group, plain and masked."""
-    sd = lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    rows = [(label, [r["test"] for r in results], [r["test_masked"] for r in results])]
-    rows += [(f"  {g}", [r["groups"][g] for r in results], [r["groups_masked"][g] for r in results])
-             for g in results[0]["groups"]]
-    columns = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
-    cell = lambda ms, c: f"{np.mean([m[c] for m in ms]):>10.4f} ±{sd([m[c] for m in ms]):.4f}"
-    head = f"{'mean ± sd of ' + str(len(results)) + ' seeds':<22}" + "".join(f"{c:>18}" for c in columns) + "   masked:" + \
-        "".join(f"{c:>18}" for c in columns[:2])
-    return "\n".join([head] + [f"{name:<22}" + "".join(cell(a, c) for c in columns) + " " * 10 +
-                               "".join(cell(b, c) for c in columns[:2]) for name, a, b in rows])
-
-
 def main():
     args, module = parse()
     try:
         seeds = [args.seed] if args.seeds is None else [int(s) for s in args.seeds.split(",")]
+        if min(seeds) < 0:
+            raise ValueError
     except ValueError:
-        raise UserError(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2") from None
+        raise UserError(f"--seed or --seeds {args.seeds or args.seed} is not a list of whole numbers such as 0,1,2") from None
     device = pick_device(args.device)
     data = datasets.load(args.data, split=args.split, core=args.core, mirror=args.mirror)
     cfg = configure(module, args, data.name)
@@ -471,10 +463,10 @@ def main():
     for args.seed in seeds:
         run, result = run_seed(args, module, cfg, data, catalog, device)
         results.append(result)
-        print(f"\n{report(f'{args.model} on {data.name}', result)}\nbest epoch {result['best_epoch']} of {result['epochs']}, "
+        print(f"\n{evaluation.table(f'{args.model} on {data.name}', [result])}\nbest epoch {result['best_epoch']} of {result['epochs']}, "
               f"{result['seconds']:.0f} s, {result['parameters']} weights, everything in {run}\n", flush=True)
     if len(results) > 1:
-        print(summary(f"{args.model} on {data.name}", results))
+        print(f"mean ± sd of {len(results)} seeds\n{evaluation.table(f'{args.model} on {data.name}', results)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ centres attend to the sequence as well; (c) the three next-item predictions (fus
 Readings, where the paper is silent, misprinted or contradicts itself:
    1. eqs 1-2: position pairs of different items, symmetric, zero diagonal; training part only, last max_len items.
    2. eq 3: rows of O sum to 1. Unnormalised, mu = 0.2 would already drown the modal feature; raw features have unit length.
-   3. eqs 5-6: an item is its own first neighbour, the mean of the H neighbours is taken; H = 0 is the identity.
+   3. eqs 5-6: an item is its own first neighbour, the mean of the H neighbours is taken; H = 0, like H = 1, is itself.
    4. A^m, O and the clusters are fixed and built once; eqs 3, 6 and 11 are recomputed every step, with gradient into E^id.
    5. eq 6 and the candidates of eq 20 use E^id, not Ebar^id, as printed.
    6. eqs 7-9: three encoders, one position table P; causal blocks with LayerNorm after the residual sum, as in BERT.
@@ -25,7 +25,8 @@ Readings, where the paper is silent, misprinted or contradicts itself:
   10. eq 19: the noise is logistic, though called Gumbel; the usual Gumbel-softmax is meant. None in evaluation.
   11. eqs 20-24: scores are raw dot products, the softmax is inside each cross entropy; 1/|U| is over the whole sum.
   12. rho_v + rho_t = 1, tau, layers and heads are not given: 0.5 each, 0.2, 2 and 4.
-  13. w/o CRE: no co-occurrence anywhere (eq 3 is the identity). w/o MRGC: Ehat^m is a linear map of E^m, Ebar^id stays.
+  13. w/o CRE: the modal graphs are built from E^m instead of Ebar^m; Ebar^id stays (mu_id = 0 is without that as well).
+      w/o MRGC: Ehat^m is a linear map of E^m.
   14. an item without a modality has what co-occurrence gives it (eq 3); if that is nothing, its only neighbour is itself.
 
 Reads from the catalog: n_items, text, image, train_seqs. Centres and graphs are buffers, not weights.
@@ -44,10 +45,10 @@ MODALITIES = ("image", "text")
 @dataclass
 class MDSRecConfig:
     dim: int = 300                       # "fixed embedding size 300"
-    heads: int = 4
-    layers: int = 2                      # L
-    inner: int = 256                     # width of the feed-forward
-    dropout: float = 0.5
+    heads: int = 4                       # not in the paper; MISSRec's
+    layers: int = 2                      # L; not in the paper; MISSRec's
+    inner: int = 256                     # width of the feed-forward; not in the paper; MISSRec's
+    dropout: float = 0.5                 # not in the paper; MISSRec's
     max_len: int = 50
     neighbors: int = 10                  # H = 10 in general, tuned per data set (Parameter Settings)
     centers: int = 32                    # k = 32 in general, tuned per data set
@@ -56,24 +57,24 @@ class MDSRecConfig:
     rho_image: float = 0.5               # rho_v; rho_t = 1 - rho_v (below eq. 17)
     tau: float = 0.2                     # temperature of eq. 19
     use_dis: bool = True                 # w/o DIS, Table 3: every pair in a sequence counts 1
-    use_cre: bool = True                 # w/o CRE, Table 3
+    use_cre: bool = True                 # w/o CRE, Table 3; reading 13
     use_mrgc: bool = True                # w/o MRGC, Table 3
     use_ica: bool = True                 # w/o ICA, Table 3
     optimizer: str = "adam"              # Adam (Parameter Settings)
     lr: float = 1e-3                     # searched in 1e-4 ... 1e-1 (Parameter Settings)
     weight_decay: float = 0.0
     batch_size: int = 512                # "mini-batch size 512"
-    epochs: int = 200
+    epochs: int = 200                    # at most; not in the paper
     patience: int = 10                   # "a patience of 10"
     prefixes: bool = True                # reading 9
 
 
-# best H and k of the paper (Hyper-parameter Analysis); the small sets at a width a CPU can train
+# the paper's best H and k (its analysis of the neighbor number and the center number); small sets at a CPU's width
 PRESETS = {
     "scientific": dict(neighbors=5, centers=16), "pantry": dict(neighbors=10, centers=16),
     "baby": dict(neighbors=10, centers=32), "sports": dict(neighbors=20, centers=32),
     "clothing": dict(neighbors=15, centers=64),
-    "scientific-mm": dict(neighbors=5, centers=16, dim=64, lr=2e-3), "demo": dict(dim=64, centers=16, lr=2e-3),
+    "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, lr=2e-3), "demo": dict(centers=8, dim=64, inner=128, lr=3e-3, epochs=25),
 }
 
 
@@ -103,16 +104,32 @@ class SoftmaxLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
         d_states, d_items = ctx.saved_tensors
         return d_states * slope, d_items * slope, None
+
+
+class Mix(torch.autograd.Function):
+    """O E for a fixed sparse matrix O (N+1, N+1) and its transpose. In float32: GPUs have no sparse product in bfloat16."""
+
+    @staticmethod
+    def forward(ctx, O, O_T, E):
+        ctx.O_T = O_T
+        with torch.autocast(E.device.type, enabled=False):
+            return torch.sparse.mm(O, E)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return None, None, torch.sparse.mm(ctx.O_T, slope)
 
 
 def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
     """O of eqs (1) and (2), rows divided by their sums (reading 2): sparse (N+1, N+1), zero diagonal."""
     seqs = [seq[-max_len:] for seq in train_seqs]
     items = torch.tensor([i for seq in seqs for i in seq], dtype=torch.long)
-    user = torch.arange(len(seqs)).repeat_interleave(torch.tensor([len(seq) for seq in seqs]))
+    user = torch.arange(len(seqs)).repeat_interleave(torch.tensor([len(seq) for seq in seqs], dtype=torch.long))
     pairs, values = [torch.zeros(2, 0, dtype=torch.long)], [torch.zeros(0)]
     for distance in range(1, max(map(len, seqs), default=1)):
         i, j = items[:-distance], items[distance:]
@@ -136,6 +153,7 @@ def nearest(features, count):
     found = [torch.zeros(1, min(count, N), dtype=torch.long)]
     for rows in torch.arange(1, N + 1).split(max(1, 2 ** 24 // (N + 1))):
         cosine = (unit[rows] @ unit[1:].T).masked_fill(empty, -torch.inf)          # eq. (4)
+        cosine[torch.arange(len(rows)), rows - 1] = 2                              # itself first, also among equals
         best = cosine.topk(min(count, N))                                          # eq. (5)
         itself = best.values.isinf() | empty[rows - 1, None]                       # reading 14
         found.append(torch.where(itself, rows[:, None], best.indices + 1))
@@ -193,6 +211,8 @@ class MDSRec(nn.Module):
         super().__init__()
         if cfg.dim % cfg.heads:
             raise ValueError(f"dim {cfg.dim} must be a multiple of heads {cfg.heads}")
+        if cfg.neighbors < 0 or cfg.centers < 1 or not 0 <= cfg.rho_image <= 1 or cfg.tau <= 0:
+            raise ValueError("neighbors must be at least 0, centers at least 1, rho_image from 0 to 1, tau above 0")
         self.cfg, N = cfg, catalog["n_items"]
         self.rho = {"image": cfg.rho_image, "text": 1 - cfg.rho_image}
         self.item = nn.Embedding(N + 1, cfg.dim, padding_idx=0)                    # E^id
@@ -201,13 +221,13 @@ class MDSRec(nn.Module):
         self.encoders = nn.ModuleDict({n: nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
                                        for n in ("id", *MODALITIES)})
         buffer = lambda name, value: self.register_buffer(name, value, persistent=False)
-        O = co_occurrence(catalog["train_seqs"], N, cfg.max_len, cfg.use_dis) if cfg.use_cre else None
-        buffer("O", O)
+        O = co_occurrence(catalog["train_seqs"], N, cfg.max_len, cfg.use_dis)
+        buffer("O", O), buffer("O_T", O.t().coalesce())
         for m in MODALITIES:
             E = F.normalize(catalog[m].to(self.position.dtype), dim=-1)             # E^m, reading 2
             if cfg.use_mrgc:
-                E_bar = E + cfg.mu_modal * torch.sparse.mm(O, E) if cfg.use_cre else E       # eq. (3)
-                buffer(f"A_{m}", nearest(E_bar, cfg.neighbors) if cfg.neighbors else None)   # eqs. (4), (5)
+                E_bar = E + cfg.mu_modal * torch.sparse.mm(O, E) if cfg.use_cre else E       # eq. (3); reading 13
+                buffer(f"A_{m}", nearest(E_bar, max(cfg.neighbors, 1)))            # eqs. (4), (5); reading 3
             else:
                 buffer(f"E_{m}", E)
                 self.add_module(f"map_{m}", nn.Linear(E.shape[1], cfg.dim))
@@ -221,16 +241,13 @@ class MDSRec(nn.Module):
 
     def encode_items(self):
         """{"item": E^id, "id": Ebar^id, "image": Ehat^v, "text": Ehat^t}, each (N+1, D)."""
-        E, table = self.item.weight, {}
-        table["item"] = E
-        table["id"] = E + self.cfg.mu_id * torch.sparse.mm(self.O, E) if self.cfg.use_cre else E   # eq. (3)
+        E = self.item.weight
+        table = {"item": E, "id": E + self.cfg.mu_id * Mix.apply(self.O, self.O_T, E)}       # eq. (3)
         for m in MODALITIES:
-            if not self.cfg.use_mrgc:
-                table[m] = getattr(self, f"map_{m}")(getattr(self, f"E_{m}"))
-            elif self.cfg.neighbors:
-                table[m] = F.embedding_bag(getattr(self, f"A_{m}"), E, mode="mean")                # eq. (6)
+            if self.cfg.use_mrgc:
+                table[m] = F.embedding_bag(getattr(self, f"A_{m}"), E, mode="mean")          # eq. (6)
             else:
-                table[m] = E
+                table[m] = getattr(self, f"map_{m}")(getattr(self, f"E_{m}"))
         return table
 
     def encode(self, name, seq, items, centers=None):
@@ -260,16 +277,18 @@ class MDSRec(nn.Module):
             e_s = e_s + self.rho[m] * e                                            # eq. (17)
             if self.cfg.use_ica:
                 logits = torch.einsum("bd,bkd->bk", e, c).to(e.dtype)
-                gamma = F.gumbel_softmax(logits, self.cfg.tau) if self.training else (logits / self.cfg.tau).softmax(-1)
-                e = e + torch.einsum("bk,bkd->bd", gamma, c)           # eqs. (18), (19)
+                gamma = (F.gumbel_softmax(logits, self.cfg.tau) if self.training else       # eq. (19)
+                         (logits / self.cfg.tau).softmax(-1))
+                e = e + torch.einsum("bk,bkd->bd", gamma, c)                       # eq. (18)
             own[m] = e
         return e_s, own
 
     def forward(self, batch):
         table, target = self.encode_items(), batch["target"][:, -1]
         e_s, own = self.users(batch["seq"], table)
-        losses = {"next_item": SoftmaxLoss.apply(e_s, table["item"], target)}      # eq. (20), (24)
-        return losses | {m: self.rho[m] * SoftmaxLoss.apply(own[m], table[m], target) for m in MODALITIES}   # eq. (23)
+        losses = {"next_item": SoftmaxLoss.apply(e_s, table["item"], target)}      # eqs. (20), (24)
+        return losses | {m: self.rho[m] * SoftmaxLoss.apply(own[m], table[m], target)   # eqs. (21), (24)
+                         for m in MODALITIES}                                      # eq. (23): the loop minimises the sum
 
     def score(self, batch, table):
         e_s, own = self.users(batch["seq"], table)

@@ -9,7 +9,8 @@ that follows; an item's score is the dot product of the last state and the item'
 Departures from the paper, all of them usual today:
   1. loss: full softmax over all items (the paper: one sampled negative with binary cross entropy, `--loss bce`). The
      loss moves the result more than most architectures published since, so every number must name it.
-  2. LayerNorm after each residual sum, GELU and a feed-forward of 4 x dim, as in BERT (the paper: before it, ReLU, 1 x dim).
+  2. LayerNorm on the input and after each residual sum, GELU, a feed-forward of 4 x dim, as in BERT (the paper:
+     LayerNorm before attention and feed-forward, ReLU, 1 x dim).
   3. positions are counted from the end of the sequence, so that trimming left padding changes nothing.
 
 Reads from the catalog: n_items.
@@ -29,10 +30,10 @@ READS = ()
 class SASRecConfig:
     dim: int = 64                        # embedding size
     heads: int = 2
-    layers: int = 2                      # b = 2, section IV-E
-    dropout: float = 0.5                 # on embeddings, attention and feed-forward; 0.5 for sparse data, section IV-E
-    max_len: int = 50                    # n = 50 for sparse data, section IV-E
-    loss: Literal["softmax", "bce"] = "softmax"  # softmax over all items, or bce with one sampled negative (eq. 7)
+    layers: int = 2                      # b = 2, section IV-C
+    dropout: float = 0.5                 # on embeddings, attention and feed-forward; 0.5 for sparse data, section IV-C
+    max_len: int = 50                    # n = 50 for sparse data, section IV-C
+    loss: Literal["softmax", "bce"] = "softmax"  # softmax over all items, or bce with one sampled negative (section III-E)
     optimizer: str = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -69,6 +70,7 @@ class SoftmaxLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
         d_states, d_items = ctx.saved_tensors
         return d_states * slope, d_items * slope, None
@@ -122,17 +124,19 @@ class SASRec(nn.Module):
     def forward(self, batch):
         table, target = self.encode_items(), batch["target"]
         states = self.states(batch["seq"], table)                                  # (B, L, D)
+        if self.cfg.prefixes:                                                      # one target a row, the last
+            states, target = states[:, -1:], target[:, -1:]
         if self.cfg.loss == "softmax":
             states, target = states.flatten(0, 1), target.flatten()
             if not target.is_cuda:                  # choosing rows would wait for a GPU; trimmed batches are nearly full
                 states, target = states[target != 0], target[target != 0]
             return {"next_item": SoftmaxLoss.apply(states, table, target)}
-        negative = torch.randint_like(target, 1, len(table))                       # (B, L)
-        own = torch.cat([batch["seq"], target], 1)                                 # no negative is one of the row's items
-        valid = (target != 0) & (negative[..., None] != own[:, None]).all(-1)
+        real, negative = target != 0, torch.randint_like(target, 1, len(table))    # (B, L)
+        own = torch.cat([batch["seq"], batch["target"]], 1)                        # what the row has is no negative
+        other = (negative[..., None] != own[:, None]).all(-1)
         right, wrong = ((states * table[i]).sum(-1) for i in (target, negative))   # (B, L)
-        loss = (F.softplus(-right) + F.softplus(wrong)) * valid                    # eq. (7)
-        return {"next_item": loss.sum() / valid.sum().clamp(min=1)}
+        loss = F.softplus(-right) * real + F.softplus(wrong) * (real & other)      # section III-E
+        return {"next_item": loss.sum() / real.sum().clamp(min=1)}
 
     def encode_items(self):
         return self.item.weight                                                    # (N+1, D)

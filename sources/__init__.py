@@ -22,7 +22,7 @@ import numpy as np
 from .common import (Raw, UserError, atomic, k_core, keys_sha256, read_json, set_aside, sha256, write_features,
                      write_json)
 
-FORMAT = 1                               # of the processed folder; a folder of another format is made anew
+FORMAT = 2                               # of the processed folder; a folder of another format is made anew
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 SOURCES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 SOURCES = [m for m in SOURCES if hasattr(m, "recognises")]
@@ -40,6 +40,10 @@ def prepare(where, root="data", core=None, mirror=None) -> Path:
     """
     root, folder = Path(root), Path(where)
     if (folder / "source.json").is_file() and (folder / "sequences.npz").is_file():
+        about = read_json(folder / "source.json")
+        if about.get("format") != FORMAT or core not in (None, about["core"]):
+            raise UserError(f"{folder} is a processed folder of another format or with another --core: "
+                            f"give the raw data instead")
         return folder
     source = next((m for m in SOURCES if m.knows(str(where))), None)
     name = str(where) if source else None
@@ -51,11 +55,10 @@ def prepare(where, root="data", core=None, mirror=None) -> Path:
         if source is None:
             raise UserError(f"no source recognises the files in {folder}: for your own data put interactions.csv "
                             f"(header user,item,time) and, if you have them, items.jsonl there")
-    out = root / (_slug(name) if name else _folder_name(folder, root))
     origin = name or str(folder.resolve())
-    options = {"core": core}
-    raw_folder = root / "raw" / out.name if name else folder
-    if _is_fresh(out, origin, options, None if name else raw_folder):
+    raw_folder = root / "raw" / _slug(name) if name else folder
+    out = root / ((_slug(name) if name else _folder_name(folder, root)) + (f"-core{core}" if core is not None else ""))
+    if _is_fresh(out, origin, None if name else raw_folder):
         return out
     if name:
         raw_folder = source.fetch(name, raw_folder, mirror)
@@ -64,7 +67,7 @@ def prepare(where, root="data", core=None, mirror=None) -> Path:
     if core is not None:
         raw.core = core
     build(raw, out, {"format": FORMAT, "name": out.name, "from": origin,
-                     "source": source.__name__.rpartition(".")[2], "options": options,
+                     "source": source.__name__.rpartition(".")[2],
                      "files": {p.name: _fingerprint(p) for p in _raw_files(raw_folder)}})
     return out
 
@@ -80,7 +83,7 @@ def build(raw: Raw, out: Path, about: dict):
     user_keys = raw.user_order or sorted(set(raw.users))
     item_keys = raw.item_order or sorted(set(raw.items) | set(raw.catalog))
     users, items = _codes(raw.users, user_keys), _codes(raw.items, item_keys)
-    times = np.asarray(raw.times, np.int64)
+    times = np.asarray(raw.times)        # fractions of a second still order events
     steps = []
 
     def count(step, keep=slice(None)):
@@ -105,6 +108,8 @@ def build(raw: Raw, out: Path, about: dict):
     users, items = np.searchsorted(kept_users, users), np.searchsorted(kept_items, items)
     order = np.lexsort((np.arange(len(users)), times, users))
     keys = [item_keys[i] for i in kept_items]
+    sequences = {"items": (items[order] + 1).astype(np.int32), "times": np.floor(times[order]).astype(np.int64),
+                 "offsets": np.searchsorted(users[order], np.arange(len(kept_users) + 1))}
 
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -116,8 +121,7 @@ def build(raw: Raw, out: Path, about: dict):
                                     "language": item.get("language", ""), "images": item.get("images", [])},
                                    ensure_ascii=False) + "\n")
         with atomic(tmp / "sequences.npz", "wb") as f:
-            np.savez(f, items=(items[order] + 1).astype(np.int32), times=times[order],
-                     offsets=np.searchsorted(users[order], np.arange(len(kept_users) + 1)))
+            np.savez(f, **sequences)
         with atomic(tmp / "users.txt") as f:
             f.writelines(f"{user_keys[u]}\n" for u in kept_users)
         for stem, arrays in raw.extra.items():
@@ -128,8 +132,8 @@ def build(raw: Raw, out: Path, about: dict):
             write_features(tmp, modality, encoder, {modality: rows, f"has_{modality}": rows.any(1)}, keys,
                            {"weights": "given with the data"})
         write_json(tmp / "source.json", about | {
-            "clock": raw.clock, "image_root": raw.image_root, "core": raw.core,
-            "items_sha256": keys_sha256(keys), "report": raw.report,
+            "clock": raw.clock, "image_root": raw.image_root, "core": raw.core, "items_sha256": keys_sha256(keys),
+            "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]), "report": raw.report,
             "features": {modality: encoder for modality, (encoder, _) in raw.features.items()}, "counts": steps, "published": raw.published})
         if out.exists():
             print(f"the source of {out} has changed: the old folder is now {set_aside(out)}")
@@ -161,7 +165,7 @@ def _folder_name(folder, root) -> str:
     """Name for somebody's folder: its own, made different from the known sets' and from another folder's."""
     resolved = folder.resolve()
     name = _slug(resolved.name)
-    if name in NAMES or name == "raw":
+    if name in NAMES or name == "raw" or re.match(r"amazon20\d\d-", name):
         name += "-folder"
     taken = root / name / "source.json"
     if taken.is_file() and read_json(taken).get("from") != str(resolved):
@@ -170,7 +174,7 @@ def _folder_name(folder, root) -> str:
 
 
 def _raw_files(folder):
-    """The raw files of a folder: its own files, without pictures (they are checked where they are encoded)."""
+    """The raw files of a folder: its own files, without pictures, which may be a great many."""
     return sorted(p for p in folder.iterdir()
                   if p.is_file() and p.name[0] != "." and p.suffix.lower() not in PICTURES)
 
@@ -180,12 +184,12 @@ def _fingerprint(path) -> dict:
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
 
 
-def _is_fresh(out, origin, options, folder) -> bool:
-    """Was `out` made from these files with these options? A fetched data set (folder None) does not change."""
+def _is_fresh(out, origin, folder) -> bool:
+    """Was `out` made from these files? A fetched data set (folder None) does not change."""
     if not (out / "source.json").is_file():
         return False
     about = read_json(out / "source.json")
-    if any(about.get(k) != v for k, v in (("format", FORMAT), ("from", origin), ("options", options))):
+    if (about.get("format"), about.get("from")) != (FORMAT, origin):
         return False
     if folder is None:
         return True

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import safetensors.numpy
+import safetensors.torch
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Input that cannot be used. The message is one sentence: what, where, and what to do. Exit code 2."""
 
 
@@ -27,7 +29,7 @@ class Raw:
     """Interactions and items as a source read them. The three interaction lists are parallel, in the file's order."""
     users: list                                  # str keys
     items: list                                  # str keys
-    times: list                                  # int: seconds since 1970, or any order numbers (see clock)
+    times: list                                  # numbers: seconds since 1970, or any order numbers (see clock)
     catalog: dict                                # item key -> {"title": str, "text": [str], "language": str, "images": [str]}
     report: dict = field(default_factory=dict)   # what was found and dropped while reading, by name of the defect
     clock: str = "seconds"                       # seconds | day | order ("order" means the times are no real times)
@@ -37,7 +39,7 @@ class Raw:
     user_order: list = None                      # user keys in row order; None = sorted by key
     features: dict = field(default_factory=dict) # modality -> (encoder name, float32 (len(item_order), D); a zero row = missing)
     published: dict = field(default_factory=dict)  # the counts that papers print: {"users": ..., "items": ..., "interactions": ..., "source": ...}
-    image_root: str = ""                         # folder that relative picture paths start from; "" = the processed folder
+    image_root: str = ""                         # where relative picture paths start: absolute, or from the processed folder
     extra: dict = field(default_factory=dict)    # file name -> {array name: array}, saved beside the data as .npz (the demo's oracle)
 
 
@@ -146,6 +148,22 @@ def write_features(folder, modality, encoder, tensors, keys, about):
                                 "shapes": {k: list(v.shape) for k, v in tensors.items()}, **about})
 
 
+def save_tensors(path, tensors, about=None):
+    """Write tensors by name, wherever they lie, and a small dict about them."""
+    with atomic(path, "wb") as f:
+        f.write(safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+                                       {"about": json.dumps(about or {})}))
+
+
+def load_tensors(path):
+    """(tensors, about). Raises UserError where the file is truncated or no safetensors file."""
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
+    except Exception as e:               # the reader raises types of its own for each kind of damage
+        raise UserError(f"{path} cannot be read ({e}): remove it and run the same command again") from None
+
+
 def encoder_slug(encoder) -> str:
     """An encoder's name as part of a file name: `sentence-transformers/all-MiniLM-L6-v2` -> `...-all-minilm-l6-v2`."""
     return re.sub(r"[^a-z0-9_-]+", "-", str(encoder).lower()).strip("-")
@@ -155,7 +173,7 @@ def command(main):
     """Run a script's main(): a UserError becomes one line on stderr and exit code 2, never a traceback."""
     try:
         sys.exit(main() or 0)
-    except UserError as e:
+    except (UserError, OSError) as e:    # OSError: a full disk, a folder that may not be written
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

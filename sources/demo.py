@@ -3,11 +3,12 @@
 How an item looks (colour, pattern, shape) is only in its picture; its wording (theme, make, language) is only in its
 title; its category (bag, mug, lamp, clock, cushion, pendant) is in both. Users buy what matches the looks and the
 wording of what they bought last, or follow habits. `step` says with which probability: the generator draws from it,
-and `oracle` averages it over the kinds of user, which it cannot see. So the shop is an instrument: it tells how much a
-model could know at best, from pictures and titles, from one of them, or from neither.
+and `oracle` averages it over the kinds of user, which it cannot see. So the shop is an instrument: no model beats the
+full oracle but by luck. The oracles that see no pictures, no titles or neither still know habits and popularity, but
+do not learn looks from what is bought together, as a model may that has item ids: for such a model they are no bound.
 
 What is artificial: new items arrive just before each user's last two purchases; looks and wording are independent, so
-a title restores nothing of a missing picture but the category; the oracle knows how popular each old item really is.
+a title restores nothing of a missing picture but the category; the oracle knows how popular each item really is.
 
 All randomness is `RandomState.random_sample` and own arithmetic on it, so the shop is the same under any numpy.
 `demo-b` is a second shop: other items and users; the same looks, words and tastes.
@@ -46,7 +47,7 @@ NEW_POPULARITY = 1.5              # old items: exp(.4 x normal)
 KINDS = ("looks", "words", "both", "habit")                                # what a user follows
 PRIOR = np.array([.25, .25, .35, .15])
 SHARPNESS = ((1.5, .4), (.4, 1.5), (1.2, 1.2), (.8, .8))                   # exponents of (look, wording), by kind
-CHANNELS = (3 * ((.90, .04, .06),)) + ((.20, .74, .06),)                   # shares of (match, habit, any), by kind
+CHANNELS = 3 * ((.90, .04, .06),) + ((.20, .74, .06),)                     # shares of (match, habit, any), by kind
 SUCCESSORS = np.array([.6, .4])                                            # habit: an old item's two planted successors
 ATTRIBUTES = {  # shares of the values; how likely the next value on the wheel and any other are, where the same is 1
     "colour": (6 * [1], .3, .04), "pattern": (3 * [1], .2, .2), "shape": (4 * [1], .4, .4),
@@ -66,7 +67,7 @@ def stream(world, part):
 
 
 def order(uniform):
-    """A random order of each row: (..., n) -> (..., n)."""
+    """The positions that sort each row, which is a random order where the row is random: (..., n) -> (..., n)."""
     return np.argsort(uniform, axis=-1, kind="stable")
 
 
@@ -395,4 +396,4 @@ def read(folder, name):
     users, steps = users[by_time], steps[by_time]
     return Raw(users=[f"{world.name}-user-{user + 1:04d}" for user in users],
                items=[keys[item - 1] for item in bought[users, steps]], times=times[users, steps].tolist(),
-               catalog=catalog, item_order=keys, image_root=str(folder), extra={"oracle": arrays})
+               catalog=catalog, item_order=keys, image_root=f"../raw/{name}", extra={"oracle": arrays})

@@ -51,7 +51,7 @@ def download(urls, target, sha256=None, strict=False, tries=2, timeout=10, deadl
                 return place
             except (OSError, http.client.HTTPException, ValueError) as error:
                 text = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-                reasons[url] = str(text) or f"no answer within {timeout} s"
+                reasons[url] = f"no answer within {timeout} s" if isinstance(text, TimeoutError) else str(text)
                 code = getattr(error, "code", 500)
                 left = 0 if isinstance(error, ValueError) or code not in PASSING else left - 1
                 if code == 416:          # nothing lies after the part's end: it belongs to another file

@@ -66,11 +66,10 @@ def _interactions(path, report):
             raise UserError(f"{path}, line {rows.line_num} is not CSV ({e}): correct that line") from None
     _refuse_if_many(path, report, report["interaction lines"])
     times = np.array(times, float)
-    if len(times) and np.median(times) > YEAR_2100:      # milliseconds, as the 2023 reviews and MicroLens have them
+    if len(times) and times.min() > YEAR_2100:           # milliseconds, as the 2023 reviews and MicroLens have them
         times, report["times read as milliseconds"] = times / 1000, len(times)
     if (times > YEAR_2100).any():
         raise UserError(f"{path} mixes times in seconds with larger numbers: write every time in one unit")
-    times = times.astype(np.int64)
     if t is None or len(times) == 0 or times.max() < 10_000_000:     # numbers this small are no dates: 1, 2, 3, ...
         clock = "order"
     else:

@@ -46,6 +46,7 @@ def read(folder, name) -> Raw:
     features = {modality: (suffix.lower(), _features(path(suffix), len(item_keys)))
                 for modality, suffix in (("text", "feat1CLS"), ("image", "feat3CLS")) if path(suffix).is_file()}
     known = PUBLISHED.get(stems[0])
+    known = known if known and known[1] == len(item_keys) else None    # else it is a part of that set
     return Raw(users, items, list(range(len(users))), {k: catalog[k] for k in item_keys if k in catalog},
                report={"item texts of other items": len(catalog.keys() - set(item_keys))}, clock="order",
                item_order=item_keys, user_order=user_keys, features=features,
@@ -68,8 +69,9 @@ def _lines(path, columns):
 
 def _index(path) -> list:
     """Keys in index order. Raises UserError unless the indices are 0..n-1, each once."""
-    rows = {index.strip(): key.strip() for key, index in _lines(path, 2)}
-    keys = [rows.get(str(i)) for i in range(len(rows))]
+    rows = [(key.strip(), index.strip()) for key, index in _lines(path, 2)]
+    by_index = {index: key for key, index in rows}
+    keys = [by_index.get(str(i)) for i in range(len(rows))]
     if None in keys or len(set(keys)) < len(keys):
         raise UserError(f"{path} must give the indices 0 to {len(rows) - 1}, each to one key: fetch the file again")
     return keys
@@ -93,7 +95,8 @@ def _sequences(path, n_users, n_items) -> dict:
                 raise UserError(f"{path(f'{part}.inter')} names user {user} or an item of theirs that the index "
                                 f"files do not have: fetch the files again") from None
             rows[user][tuple(sequence[-CUT:])] = sequence
-            last[user] = sequence
+            if part != "train" or len(sequence) > len(last.get(user, ())):
+                last[user] = sequence
     whole = {}
     for user, sequence in last.items():
         row, older = sequence, []

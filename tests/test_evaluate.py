@@ -56,6 +56,8 @@ def test_metrics_by_hand():
     assert found["recall@10"] == pytest.approx(2 / 3)            # rank 10 is the eleventh place
     assert set(metrics([0])) == {f"{m}@{k}" for m in ("recall", "ndcg", "mrr") for k in (5, 10, 20, 50)}
     assert all(type(v) is float for v in found.values())
+    with pytest.raises(ValueError):
+        metrics([])
 
 
 def test_an_oracle_gets_one_and_a_constant_gets_nothing():

@@ -25,9 +25,15 @@ def seqs(count=25):
     return [[rng.randint(1, N - 2) for _ in range(rng.randint(1, 9))] for _ in range(count)]   # N-1 and N never occur
 
 
+def make_text():
+    text = torch.randn(N + 1, 5, generator=torch.Generator().manual_seed(5))
+    text[0] = 0
+    return text
+
+
 def make(**settings):
-    text, image = torch.randn(N + 1, 5), torch.randn(N + 1, 7)
-    text[0] = image[0] = image[3] = 0
+    text, image = make_text(), torch.randn(N + 1, 7, generator=torch.Generator().manual_seed(7))
+    image[0] = image[3] = 0
     cfg = mdsrec.Config(**dict(dim=8, heads=2, centers=3, neighbors=4, max_len=10, dropout=0.) | settings)
     return mdsrec.Model(cfg, {"n_items": N, "text": text, "image": image, "train_seqs": seqs()})
 
@@ -48,7 +54,7 @@ def test_co_occurrence_eqs_1_2(use_dis):
 
 
 def test_no_sequences_give_no_co_occurrence():
-    assert mdsrec.co_occurrence([[], [3]], N, 5).to_dense().sum() == 0
+    assert mdsrec.co_occurrence([[], [3]], N, 5).to_dense().sum() == mdsrec.co_occurrence([], N, 5).to_dense().sum() == 0
 
 
 def test_nearest_eqs_4_5():
@@ -63,6 +69,24 @@ def test_nearest_eqs_4_5():
         expected = sorted((j for j in range(1, N + 1) if j != 4), key=lambda j: -cosine(j))[:3]
         assert found[i].tolist() == expected and expected[0] == i
     assert mdsrec.nearest(features, 50).shape == (N + 1, N)
+
+
+def test_equal_items_are_their_own_first_neighbours():
+    features = torch.cat([torch.zeros(1, 4), torch.ones(9, 4)])
+    assert mdsrec.nearest(features, 3)[1:, 0].tolist() == list(range(1, 10))
+
+
+def test_co_occurrence_is_mixed_in_float32_and_with_its_gradient():
+    torch.set_default_dtype(torch.float32)
+    model = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.encode_items()["id"]
+        losses = model({"seq": torch.tensor([[1, 2]]), "target": torch.tensor([[2, 3]])})
+    assert mixed.dtype == torch.float32 and all(v.dtype == torch.float32 for v in losses.values())
+    O, E = mdsrec.co_occurrence(seqs(), N, 10).to_dense(), model.item.weight
+    slope = torch.randn(N + 1, 8)
+    found, = torch.autograd.grad(mixed, E, slope)
+    torch.testing.assert_close(found, slope + 16 * O.T @ slope)
 
 
 def test_item_tables_eqs_3_6():
@@ -158,13 +182,27 @@ def test_noise_in_training_only():
 
 
 def test_ablations_change_what_they_name():
-    full = make()
-    assert make(use_cre=False).O is None and not hasattr(make(use_ica=False), "C_text")
-    assert not torch.equal(make(use_dis=False).O.to_dense(), full.O.to_dense())
-    assert make(use_mrgc=False).encode_items()["text"].shape == (N + 1, 8)
-    assert make(neighbors=0).encode_items()["text"] is not None
-    plain = make(use_cre=False)
-    assert torch.equal(plain.encode_items()["id"], plain.item.weight)
+    def scores(**settings):
+        torch.manual_seed(1)
+        model = make(**settings).eval()
+        return model.score({"seq": torch.tensor([[1, 2, 3]])}, model.encode_items())
+
+    full = scores()
+    assert torch.equal(full, scores())
+    for settings in (dict(use_dis=False), dict(use_cre=False), dict(use_ica=False), dict(use_mrgc=False),
+                     dict(neighbors=1), dict(mu_id=0.)):
+        assert not torch.allclose(full, scores(**settings)), settings
+    model = make(neighbors=0)
+    assert torch.equal(model.encode_items()["text"], model.item.weight)
+    model = make(use_cre=False)                                  # the graph loses co-occurrence, the ids keep it
+    assert torch.equal(model.A_text, mdsrec.nearest(mdsrec.F.normalize(make_text(), dim=-1), 4))
+    assert not torch.equal(model.encode_items()["id"], model.item.weight)
+
+
+@pytest.mark.parametrize("settings", [dict(neighbors=-1), dict(rho_image=3.), dict(heads=3), dict(centers=0)])
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(ValueError):
+        make(**settings)
 
 
 @pytest.mark.parametrize("file", ["mdsrec", "sasrec"])

@@ -116,11 +116,23 @@ class TestContract:
         changed["seq"][:, t] = changed["seq"][:, t] % N + 1      # and the test does see a change it should see
         assert not torch.allclose(seeded(model, batch), seeded(model, changed))
 
+    def test_prefix_rows_have_one_target(self, name, tmp_path):
+        module, model, cfg = make(name, tmp_path)
+        if not trainable(model):
+            return
+        cfg.prefixes = True
+        batch = make_batch(shortest=L)
+        changed = dict(batch, target=batch["target"].clone())
+        changed["target"][:, :-1] = changed["target"][:, :-1] % N + 1
+        torch.testing.assert_close(seeded(model.eval(), batch), seeded(model, changed), atol=1e-4, rtol=1e-3)
+
     def test_trimming_a_batch_changes_nothing(self, name, tmp_path):
         _, model, _ = make(name, tmp_path)
         table, batch = model.eval().encode_items(), make_batch(shortest=L)
         longer = dict(batch, seq=torch.cat([torch.zeros(B, 7, dtype=torch.long), batch["seq"]], 1))
         torch.testing.assert_close(model.score(longer, table), model.score(batch, table), rtol=1e-4, atol=1e-5)
+        longer["target"] = torch.cat([torch.zeros(B, 7, dtype=torch.long), batch["target"]], 1)
+        torch.testing.assert_close(seeded(model, longer), seeded(model, batch))
 
     def test_padding_content_changes_nothing(self, name, tmp_path):
         _, model, _ = make(name, tmp_path)

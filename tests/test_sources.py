@@ -85,7 +85,8 @@ def test_a_few_bad_lines_are_counted_and_many_are_refused(tmp_path):
 
 @pytest.mark.parametrize("content, sentence", [
     ("", "header"), ("a,b,c\n1,2,3\n", "header"), ("user,item,time\n", "no interactions"),
-    ("user,item,time\nu,i,1\nu,i,9999999999999999\n", "one unit")])
+    ("user,item,time\nu,i,1\nu,i,9999999999999999\n", "one unit"),
+    ("user,item,time\nu,i,1500000000\nu,j,1500000000001\nu,k,1500000000002\n", "one unit")])
 def test_files_that_cannot_be_used_are_one_sentence(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence):
         sources.prepare(write(tmp_path / "own", content), root=tmp_path / "data")
@@ -102,10 +103,15 @@ def test_bad_item_lines(tmp_path):
 
 def test_milliseconds_and_days(tmp_path):
     raw = folder.read(write(tmp_path / "own", "user,item,time\nu,a,1500000000123\nu,b,1500086400123\n"), None)
-    assert raw.times == [1500000000, 1500086400] and raw.report["times read as milliseconds"] == 2
+    assert raw.times == [1500000000.123, 1500086400.123] and raw.report["times read as milliseconds"] == 2
     assert folder.read(write(tmp_path / "own", "user,item,time\nu,a,2020-01-01\nu,b,2020-01-02\n"), None).clock == "day"
     assert folder.read(write(tmp_path / "own", "user,item,time\nu,a,1\nu,b,2\n"), None).clock == "order"
     assert folder.read(write(tmp_path / "own", "item,user\na,u\nb,u\n"), None).times == [0, 1]
+
+
+def test_order_inside_a_second_is_kept(tmp_path):
+    path = write(tmp_path / "own", "user,item,time\nu,b,1500000000900\nu,a,1500000000100\nu,c,1500000001000\n")
+    assert load(sources.prepare(path, root=tmp_path / "data")) == {"u": ["a", "b", "c"]}
 
 
 def test_filters_are_counted_in_order(tmp_path):
@@ -133,9 +139,11 @@ def test_a_changed_source_is_noticed_and_nothing_is_lost(tmp_path, capsys):
     sources.prepare(path, root=tmp_path / "data")
     assert "new" in load(out) and "new" not in load(out.with_name("own-shop~1"))
     assert "own-shop~1" in capsys.readouterr().out
-    sources.prepare(path, root=tmp_path / "data", core=3)
-    assert json.loads((out / "source.json").read_text())["core"] == 3
+    core = sources.prepare(path, root=tmp_path / "data", core=3)
+    assert core.name == "own-shop-core3" and json.loads((core / "source.json").read_text())["core"] == 3
     assert sources.prepare(out) == out                           # a processed folder is taken as it is
+    with pytest.raises(UserError, match="--core"):
+        sources.prepare(out, core=7)
 
 
 def test_names_do_not_collide(tmp_path):
@@ -144,6 +152,8 @@ def test_names_do_not_collide(tmp_path):
     assert first.name == "mine" and second.name.startswith("mine-") and sources.prepare(a, root=tmp_path / "data") == first
     known = write_shop(tmp_path / "demo")
     assert sources.prepare(known, root=tmp_path / "data").name == "demo-folder"
+    known = write_shop(tmp_path / "amazon2018-gift_cards")
+    assert sources.prepare(known, root=tmp_path / "data").name == "amazon2018-gift_cards-folder"
     assert sources._slug("../..//etc") == "etc" and sources._slug("???") == "data"
 
 
@@ -195,6 +205,7 @@ def test_unisrec_sequences_longer_than_the_cut_are_whole_again(tmp_path, descend
     (lambda p: (p / "X.text").unlink(), "X.text is missing"),
     (lambda p: (p / "X.feat1CLS").write_bytes(b"1234" * 7), "finite float32"),
     (lambda p: (p / "X.item2index").write_text("a\t0\nb\t5\n"), "indices 0 to"),
+    (lambda p: (p / "X.item2index").write_text("a\t0\nb\t0\nc\t1\n"), "indices 0 to"),
     (lambda p: (p / "X.test.inter").write_text("0\t1 2\t999\n"), "index files do not have"),
     (lambda p: (p / "Y.item2index").write_text("a\t0\n"), "several data sets")])
 def test_damaged_unisrec_files_are_one_sentence(tmp_path, damage, sentence):

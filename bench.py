@@ -1,0 +1,151 @@
+"""Speed, side by side: our form of a piece of work against the usual one, alternating in one process, medians.
+
+    python bench.py --data $DATA/beauty          (any data set; the default is demo)
+
+Only the ratios mean something on another machine. Nothing here is asserted by a test.
+"""
+import argparse
+import time
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data as datasets
+import train
+from evaluate import ranks_of
+from sources.common import command
+
+TARGETS = 20_000                         # training targets that each contestant works through per repetition
+USERS = 4_000                            # test users that each contestant ranks per repetition
+
+
+def sasrec(data, device):
+    """A SASRec of default size on the device, and its optimizer."""
+    module = train.load_model_file("sasrec")
+    model = train.build(module.Model, module.Config(), {"n_items": data.n_items}, device, 0)
+    return model, train.optimizer_of(model, model.cfg, 1e-3)
+
+
+def padded_batches(users, max_len, size, sequence):
+    """The usual loader: a Python loop over users, each padded to max_len, the item after each as target."""
+    for first in range(0, len(users), size):
+        seqs, targets = [], []
+        for user in users[first:first + size]:
+            items = sequence(user)[-max_len - 1:]
+            pad = [0] * (max_len + 1 - len(items))
+            seqs.append((pad + items)[:-1]), targets.append(([0] + pad + items[1:])[-max_len:])
+        yield torch.tensor(seqs), torch.tensor(targets)
+
+
+def training(data, device):
+    """SASRec, full softmax, equal numbers of targets: (name, targets per second) of each contestant."""
+    users = np.flatnonzero(data.train_end - data.offsets[:-1] >= 2)
+    users = np.random.default_rng(0).permutation(users)
+    mean = (data.train_end - data.offsets[:-1] - 1)[users].mean()
+    share = users[:max(1, int(TARGETS / mean))]
+
+    def ours():
+        model, optimizer = sasrec(data, device)
+        rows, done, begin = data.training_rows("sequences", 50, device), 0, time.perf_counter()
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        for batch, index in rows.epoch(model.cfg.batch_size, np.random.default_rng(0)):
+            with autocast:
+                loss = sum(model(batch).values())
+            step(loss, optimizer)
+            done += int(rows.lengths[index].sum())
+            if done >= TARGETS:
+                break
+        return done / elapsed(begin, device)
+
+    def padded(all_rows):
+        def run():
+            model, _ = sasrec(data, device)
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+            done, begin = 0, time.perf_counter()
+            for seq, target in padded_batches(share, 50, model.cfg.batch_size, data.train_seqs.__getitem__):
+                seq, target = seq.to(device), target.to(device)
+                states, target = model.states(seq, model.item.weight).flatten(0, 1), target.flatten()
+                if not all_rows:
+                    states, target = states[target != 0], target[target != 0]
+                step(F.cross_entropy(states @ model.item.weight.T, target, ignore_index=0), optimizer)
+                done += int((target != 0).sum())
+                if all_rows and done >= TARGETS / 8:             # it is slow, and every step of it costs the same
+                    break
+            return done / elapsed(begin, device)
+        return run
+
+    return {"ours: trimmed, rows with a target, chunked softmax": ours,
+            "padded to 50, softmax of rows with a target": padded(False),
+            "padded to 50, softmax of all rows": padded(True)}
+
+
+def step(loss, optimizer):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def evaluation(data, device):
+    """Full ranking of test users, plain and masked: (name, users per second) of each contestant."""
+    model = sasrec(data, device)[0].eval()
+    rows = data.evaluated_rows("test", 50, device)
+    history = lambda user: data.flat[data.offsets[user]:data.targets["test"][user] + 1].tolist()
+
+    def ours():
+        begin = time.perf_counter()
+        ranks_of(model, rows, device)
+        return len(rows) / elapsed(begin, device)
+
+    @torch.no_grad()
+    def usual():
+        begin, table, users = time.perf_counter(), model.encode_items(), rows.users[:USERS]
+        for seq, target in padded_batches(users, 50, 256, history):
+            scores = model.score({"seq": seq.to(device)}, table)
+            scores[:, 0] = -torch.inf
+            for masked in (False, True):
+                if masked:
+                    for row, items in enumerate(seq.tolist()):
+                        scores[row, [i for i in items if i and i != target[row, -1]]] = -torch.inf
+                order = scores.argsort(1, descending=True)
+                (order == target[:, -1:].to(device)).nonzero()[:, 1]
+        return len(users) / elapsed(begin, device)
+
+    return {"ours: length-sorted, trimmed, counting": ours, "padded, Python loader, whole matrix sorted": usual}
+
+
+def elapsed(begin, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def compare(title, unit, contestants, repeats):
+    """Run the contestants in turn, several times; print each median and how many times faster the first one is."""
+    speeds = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, contestant in contestants.items():
+            speeds[name].append(contestant())
+    first = median(next(iter(speeds.values())))
+    print(f"\n{title}\n" + "\n".join(f"  {name:<52}{median(values):>10.0f} {unit}{first / median(values):>8.1f}x"
+                                     for name, values in speeds.items()), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure speed, side by side.", allow_abbrev=False)
+    parser.add_argument("--data", default="demo", help="data set to measure on (default: demo)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each contestant runs (default: 3)")
+    args = parser.parse_args()
+    device = train.pick_device(args.device)
+    data = datasets.load(args.data)
+    print(f"{data.name}: {data.n_users} users, {data.n_items} items, {len(data.flat)} interactions; torch "
+          f"{torch.__version__}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
+          f"{torch.get_num_threads()} threads")
+    compare("SASRec training, full softmax", "targets/s", training(data, device), args.repeats)
+    compare("evaluation, full ranking, plain and masked", "users/s", evaluation(data, device), args.repeats)
+
+
+if __name__ == "__main__":
+    command(main)
