@@ -465,6 +465,8 @@ def main():
         results.append(result)
         print(f"\n{evaluation.table(f'{args.model} on {data.name}', [result])}\nbest epoch {result['best_epoch']} of {result['epochs']}, "
               f"{result['seconds']:.0f} s, {result['parameters']} weights, everything in {run}\n", flush=True)
+        if scale := evaluation.demo_scale(data, args.model, result):
+            print(f"{scale}\n", flush=True)
     if len(results) > 1:
         print(f"mean ± sd of {len(results)} seeds\n{evaluation.table(f'{args.model} on {data.name}', results)}")
 

@@ -9,7 +9,8 @@ import torch
 from conftest import write_shop
 
 import data as datasets
-from evaluate import evaluate, metrics, paired, rank_of_target, ranks_of
+from evaluate import demo_scale, evaluate, metrics, paired, rank_of_target, ranks_of
+from sources import demo
 
 
 def slow_rank(scores, target, seen=()):
@@ -148,6 +149,25 @@ def test_groups_part_the_users(shop_data):
     counts = np.bincount([i for s in shop_data.train_seqs for i in s], minlength=shop_data.n_items + 1)
     targets = shop_data.flat[shop_data.offsets[1:] - 1]
     assert groups.get("cold", {"users": 0})["users"] == (counts[targets] < 10).sum()
+
+
+def test_the_oracle_is_the_upper_end_of_the_demos_scale(tmp_path, monkeypatch):
+    monkeypatch.setitem(demo.WORLDS, "demo", demo.World(n_users=200, n_items=80))
+    data = datasets.load("demo", root=tmp_path)
+    lines = demo_scale(data, "model", {"test_masked": {"recall@10": 0., "ndcg@10": 0.}}).splitlines()[1:]
+    names, values = zip(*(line.rsplit(maxsplit=2)[::2] for line in lines))
+    assert [n.strip() for n in names][:2] == ["pop", "model"] and names[-1].strip() == "oracle" and len(names) == 6
+    values = list(map(float, values))
+    assert values[0] < values[2] < values[-1] == max(values)
+    users = histories_of(data)
+    counts = np.bincount([i for u in users for i in u[:-2]], minlength=data.n_items + 1)
+    by_hand = metrics([slow_rank(counts, u[-1], u[:-1]) for u in users])["ndcg@10"]
+    assert values[0] == pytest.approx(by_hand, abs=1e-4)
+    assert demo_scale(datasets.load(write_shop(tmp_path / "shop"), root=tmp_path), "model", {}) == ""
+
+
+def histories_of(data):
+    return [data.flat[a:b].tolist() for a, b in zip(data.offsets, data.offsets[1:])]
 
 
 def test_paired_difference():
