@@ -10,7 +10,7 @@ time for all users at 80 % and 90 % of the interactions; the targets are each us
 import argparse
 import json
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,22 +70,25 @@ class Data:
         in_train = np.arange(len(self.flat)) < np.repeat(self.train_end, np.diff(self.offsets))
         return np.bincount(self.flat[in_train], minlength=self.n_items + 1)
 
-    @lru_cache
-    def has(self, modality) -> np.ndarray:
-        """(n_items + 1,) bool: which items have a text, or a picture on disk; or such features, if they came with the data."""
-        if given := self.about["features"].get(modality):
-            path = self.folder / "features" / f"{modality}-{encoder_slug(given)}.safetensors"
-            return load_tensors(path)[0][f"has_{modality}"].numpy()
-        if modality == "text":
-            return np.array([bool(i["title"] or i["text"]) for i in self.items])
-        return np.array([self.image_path(i) is not None for i in self.items])
+    @cached_property
+    def has(self) -> dict:
+        """{"text", "image"}: (n_items + 1,) bool, which items have a text or a picture on disk.
+
+        Where features came with the data, which items have such features.
+        """
+        present = {"text": np.array([bool(i["title"] or i["text"]) for i in self.items]),
+                   "image": np.array([self.image_path(i) is not None for i in self.items])}
+        for modality, encoder in self.about["features"].items():
+            path = self.folder / "features" / f"{modality}-{encoder_slug(encoder)}.safetensors"
+            present[modality] = load_tensors(path)[0][f"has_{modality}"].numpy()
+        return present
 
     def catalog(self, reads) -> dict:
         """The catalog keys that need no encoder, as far as a model reads them (its READS)."""
         items, languages = self.items, sorted({i["language"] for i in self.items[1:]})
         makers = {
-            "has_text": lambda: torch.from_numpy(self.has("text")),
-            "has_image": lambda: torch.from_numpy(self.has("image")),
+            "has_text": lambda: torch.from_numpy(self.has["text"]),
+            "has_image": lambda: torch.from_numpy(self.has["image"]),
             "lang": lambda: torch.tensor([0, *(1 + languages.index(i["language"]) for i in items[1:])]),
             "train_seqs": lambda: self.train_seqs,
             "titles": lambda: [". ".join(filter(None, [i["title"], *i["text"]])) for i in items],
@@ -218,18 +221,19 @@ def statistics(data) -> dict:
     """What a paper's data table prints, as exact integers; shares are given as (part, whole)."""
     lengths, cells = np.diff(data.offsets), data.n_users * data.n_items
     test = data.targets["test"][data.targets["test"] >= 0]
+    cold = data.train_counts[data.flat[test]] < COLD
     return {
         "users": data.n_users, "items": data.n_items, "interactions": len(data.flat),
         "items with interactions": len(np.unique(data.flat)),
         "shortest, 25 %, median, 75 %, longest history": np.quantile(lengths, [0, .25, .5, .75, 1], method="lower").tolist(),
         "empty cells of users x items": (cells - len(np.unique(
             np.repeat(np.arange(data.n_users), lengths) * (data.n_items + 1) + data.flat)), cells),
-        "items with text": (int(data.has("text").sum()), data.n_items),
-        "items with a picture on disk, or its features": (int(data.has("image").sum()), data.n_items),
+        "items with text": (int(data.has["text"].sum()), data.n_items),
+        "items with a picture on disk, or its features": (int(data.has["image"].sum()), data.n_items),
         "items with a picture's address": (sum(any("://" in p for p in i["images"]) for i in data.items), data.n_items),
         "training interactions": int(data.train_counts.sum()),
         "evaluated users (validation, test)": [int((t >= 0).sum()) for t in data.targets.values()],
-        f"cold test targets (< {COLD} training occurrences)": (int((data.train_counts[data.flat[test]] < COLD).sum()), len(test)),
+        f"cold test targets (< {COLD} training occurrences)": (int(cold.sum()), len(test)),
     }
 
 
@@ -243,7 +247,8 @@ def main():
     data = load(args.data, split=args.split, core=args.core, mirror=args.mirror)
     print(f"{data.name} in {data.folder}, from {data.about['from']}")
     for step in data.about["counts"]:
-        print(f"  {step['users']:>9} users {step['items']:>9} items {step['interactions']:>10} interactions   {step['step']}")
+        print(f"  {step['users']:>9} users {step['items']:>9} items {step['interactions']:>10} interactions   "
+              f"{step['step']}")
     if known := data.about["published"]:
         print(f"  {known['users']:>9} users {known['items']:>9} items {known['interactions']:>10} interactions   "
               f"as {known['source']} prints them")

@@ -120,7 +120,7 @@ def _groups(data, rows, target):
         yield f"history {low}-{high}" if high else f"history {low}+", \
             (rows.history >= low) & (rows.history <= (high or math.inf))
     for modality in ("text", "image"):
-        has = data.has(modality)[target]
+        has = data.has[modality][target]
         yield f"with {modality}", has
         yield f"without {modality}", ~has
 
@@ -147,9 +147,10 @@ def table(label, summaries) -> str:
     first = summaries[0]
     head = f"{'':<24}{'users':>8} " + "".join(c.rjust(width) for c in plain) + " " * 8 + \
         "".join(c.rjust(width) for c in masked)
-    return "\n".join([head, line(label, first["users"], [s["test"] for s in summaries], [s["test_masked"] for s in summaries])] + [
-        line(f"  {g}", first["groups"][g]["users"], [s["groups"][g] for s in summaries], [s["groups_masked"][g] for s in summaries])
-        for g in first["groups"]])
+    lines = [line(label, first["users"], [s["test"] for s in summaries], [s["test_masked"] for s in summaries])]
+    lines += [line(f"  {g}", first["groups"][g]["users"], [s["groups"][g] for s in summaries],
+                   [s["groups_masked"][g] for s in summaries]) for g in first["groups"]]
+    return "\n".join([head, *lines])
 
 
 def demo_scale(data, label, result) -> str:

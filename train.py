@@ -60,7 +60,7 @@ def load_model_file(name):
 def common_arguments():
     parser = argparse.ArgumentParser(
         description="Train and test one model on one data set.", allow_abbrev=False, add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="With --model NAME --help, also the model's own settings.")
+        epilog="With --model NAME --help, also the model's own settings.")
     add = parser.add_argument
     add("--model", required=True, help=f"{', '.join(MODELS)}, or the path of a model file")
     add("--data", required=True, help=f"a folder, or {', '.join(NAMES)}, amazon2018:CATEGORY, amazon2023:CATEGORY")
@@ -255,7 +255,7 @@ class Watch:
         if step >= 0:
             terms = [n for n, b in zip(self.names, self.bad_terms.tolist()) if b]
             raise UserError(
-                f"training stopped at {where}, step {step}: {'the loss ' + ', '.join(terms) if terms else 'the gradient'} "
+                f"training stopped at {where}, step {step}: {' '.join(['the loss', *terms]) if terms else 'the gradient'} "
                 f"is not finite (learning rate {lr:g}, gradient norm {float(self.norm):g}, first users or items of the batch "
                 f"{self.users[step][:5].tolist()}); the last good state is kept: look at those inputs or lower --lr")
         self.users = {}
@@ -318,9 +318,10 @@ def train_stage(model, stage, cfg, data, args, device, run, resume):
         rows = ItemRows(data, device)
     else:
         rows = data.training_rows(stage.rows, cfg.max_len, device)
-    for what, empty in (("training rows", not len(rows)), *((f"{s} targets", data.targets[s].max() < 0) for s in data.targets)):
-        if empty:
-            raise UserError(f"{data.name} has no {what} under --split {data.split}: it needs users with more interactions")
+    missing = ["training rows"] * (len(rows) == 0) + [f"{s} targets" for s, at in data.targets.items() if at.max() < 0]
+    if missing:
+        raise UserError(f"{data.name} has no {' and no '.join(missing)} under --split {data.split}: "
+                        f"it needs users with more interactions")
     base_lr = [g["lr"] for g in optimizer.param_groups]
     factor = SCHEDULES[getattr(cfg, "schedule", "constant")]
     forward = torch.compile(model.forward, dynamic=True) if args.compile else model.forward
@@ -454,7 +455,7 @@ def main():
         if min(seeds) < 0:
             raise ValueError
     except ValueError:
-        raise UserError(f"--seed or --seeds {args.seeds or args.seed} is not a list of whole numbers such as 0,1,2") from None
+        raise UserError(f"--seeds {args.seeds or args.seed} is not a list of whole numbers such as 0,1,2") from None
     device = pick_device(args.device)
     data = datasets.load(args.data, split=args.split, core=args.core, mirror=args.mirror)
     cfg = configure(module, args, data.name)
@@ -463,8 +464,9 @@ def main():
     for args.seed in seeds:
         run, result = run_seed(args, module, cfg, data, catalog, device)
         results.append(result)
-        print(f"\n{evaluation.table(f'{args.model} on {data.name}', [result])}\nbest epoch {result['best_epoch']} of {result['epochs']}, "
-              f"{result['seconds']:.0f} s, {result['parameters']} weights, everything in {run}\n", flush=True)
+        print(f"\n{evaluation.table(f'{args.model} on {data.name}', [result])}\n"
+              f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s, "
+              f"{result['parameters']} weights, everything in {run}\n", flush=True)
         if scale := evaluation.demo_scale(data, args.model, result):
             print(f"{scale}\n", flush=True)
     if len(results) > 1:

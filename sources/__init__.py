@@ -73,10 +73,10 @@ def prepare(where, root="data", core=None, mirror=None) -> Path:
 
 
 def build(raw: Raw, out: Path, about: dict):
-    """Filter, number and write what a source read. `about` is the head of source.json. Raises UserError when nothing is left.
+    """Filter, number and write what a source read. about: the head of source.json.
 
     Users and items are numbered in the order given by the source, else sorted by key, so that the result depends on
-    nothing but the data. A user's items are ordered by (time, line in the file).
+    nothing but the data. A user's items are ordered by (time, line in the file). Raises UserError when nothing is left.
     """
     if not raw.users:
         raise UserError(f"no interactions were found for {about['name']}: check the raw files named in its folder")
@@ -134,7 +134,8 @@ def build(raw: Raw, out: Path, about: dict):
         write_json(tmp / "source.json", about | {
             "clock": raw.clock, "image_root": raw.image_root, "core": raw.core, "items_sha256": keys_sha256(keys),
             "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]), "report": raw.report,
-            "features": {modality: encoder for modality, (encoder, _) in raw.features.items()}, "counts": steps, "published": raw.published})
+            "features": {modality: encoder for modality, (encoder, _) in raw.features.items()}, "counts": steps,
+            "published": raw.published})
         if out.exists():
             print(f"the source of {out} has changed: the old folder is now {set_aside(out)}")
         tmp.chmod(0o755)

@@ -21,7 +21,7 @@ import safetensors.torch
 
 
 class UserError(ValueError):
-    """Input that cannot be used. The message is one sentence: what, where, and what to do. Exit code 2."""
+    """Input that cannot be used. The message is one sentence: what, where, what to do. Exit code 2."""
 
 
 @dataclass
@@ -37,10 +37,10 @@ class Raw:
     need_catalog: bool = False                   # drop interactions with items that the catalog does not have
     item_order: list = None                      # item keys in id order; None = sorted by key
     user_order: list = None                      # user keys in row order; None = sorted by key
-    features: dict = field(default_factory=dict) # modality -> (encoder name, float32 (len(item_order), D); a zero row = missing)
-    published: dict = field(default_factory=dict)  # the counts that papers print: {"users": ..., "items": ..., "interactions": ..., "source": ...}
-    image_root: str = ""                         # where relative picture paths start: absolute, or from the processed folder
-    extra: dict = field(default_factory=dict)    # file name -> {array name: array}, saved beside the data as .npz (the demo's oracle)
+    features: dict = field(default_factory=dict) # modality -> (encoder, float32 (len(item_order), D)), zero row = missing
+    published: dict = field(default_factory=dict)  # what a paper prints: {"users", "items", "interactions", "source"}
+    image_root: str = ""                         # where picture paths start: absolute, or from the processed folder
+    extra: dict = field(default_factory=dict)    # file name -> {name: array}, saved as .npz (the demo's oracle)
 
 
 TAG = re.compile(r"<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)|</?[a-zA-Z][^<>]*(>|$)", re.S | re.I)
