@@ -154,7 +154,7 @@ def table(label, summaries) -> str:
 
 
 def demo_scale(data, label, result) -> str:
-    """Lines that put a run on the demo shop between popularity and what its oracle reaches; "" for other data.
+    """Lines that place a run on the demo shop between popularity and what its oracle reaches; "" for other data.
 
     All by masked ranking, since nothing is bought twice there. The oracle knows the shop's probabilities; a view is an
     oracle that cannot see pictures, or texts. It is a bound in expectation: on 3,000 users chance moves it by +-0.01.
@@ -168,10 +168,10 @@ def demo_scale(data, label, result) -> str:
     scale = {"pop": metrics(rank_of_target(counts, target, histories)), label: result["test_masked"]}
     with np.load(data.folder / "oracle.npz", allow_pickle=False) as arrays:
         views = demo.ceiling(dict(arrays), histories.cpu().numpy(), target.cpu().numpy())
-    for view in sorted(views, key=lambda v: views[v]["realised"]["ndcg@10"]):
-        scale[f"oracle {view}" if view != "full" else "oracle"] = views[view]["realised"]
+    scale |= {"oracle" if view == "full" else f"oracle {view}": m["realised"] for view, m in views.items()}
     return "\n".join([f"{'on the scale of the shop':<34}masked  recall@10    ndcg@10"] + [
-        f"  {name:<40}{m['recall@10']:>9.4f}{m['ndcg@10']:>11.4f}" for name, m in scale.items()])
+        f"  {name:<40}{m['recall@10']:>9.4f}{m['ndcg@10']:>11.4f}"
+        for name, m in sorted(scale.items(), key=lambda row: row[1]["ndcg@10"])])
 
 
 def paired(a, b, k=10, draws=10_000, seed=0) -> dict:
