@@ -12,22 +12,27 @@ centres attend to the sequence as well; (c) the three next-item predictions (fus
     score = e^s . E^id (20) + sum_m rho_m etilde^m . Ehat^m (21, 22)            m = v (image), t (text)
 
 Readings, where the paper is silent, misprinted or contradicts itself:
-   1. eqs 1-2: position pairs of different items, symmetric, zero diagonal; training part only, last max_len items.
-   2. eq 3: rows of O sum to 1. Unnormalised, mu = 0.2 would already drown the modal feature; raw features have unit length.
-   3. eqs 5-6: an item is its own first neighbour, the mean of the H neighbours is taken; H = 0, like H = 1, is itself.
-   4. A^m, O and the clusters are fixed and built once; eqs 3, 6 and 11 are recomputed every step, with gradient into E^id.
-   5. eq 6 and the candidates of eq 20 use E^id, not Ebar^id, as printed.
-   6. eqs 7-9: three encoders, one position table P; causal blocks with LayerNorm after the residual sum, as in BERT.
-   7. eq 10: hard assignment of raw features, each row of C divided by its cluster's size, so that C Ehat are means.
-   8. eqs 12-15: the centres pass the very block that the sequence passes (residual, LayerNorm, GELU between the two
-      linear maps): as printed, two linear maps in a row are one, and without a residual all centres become equal.
-   9. the centres read the whole input, so only a row's last position may have a loss: one row per prefix.
-  10. eq 19: the noise is logistic, though called Gumbel; the usual Gumbel-softmax is meant. None in evaluation.
-  11. eqs 20-24: scores are raw dot products, the softmax is inside each cross entropy; 1/|U| is over the whole sum.
-  12. rho_v + rho_t = 1, tau, layers and heads are not given: 0.5 each, 0.2, 2 and 4.
-  13. w/o CRE: the modal graphs are built from E^m instead of Ebar^m; Ebar^id stays (mu_id = 0 is without that as well).
-      w/o MRGC: Ehat^m is a linear map of E^m.
-  14. an item without a modality has what co-occurrence gives it (eq 3); if that is nothing, its only neighbour is itself.
+  D1-D2    eqs 1-2: position pairs of different items, symmetric, zero diagonal; training part only, last max_len items.
+  D3, D5   eq 3: rows of O sum to 1 (unnormalised, mu = 0.2 would already drown the modal feature), features have length 1.
+  D4, D8   A^m, O and the clusters are fixed, sparse and built once; eqs 3, 6 and 11 are recomputed every step, with
+           gradient into E^id.
+  D6-D7    eqs 5-6: an item is its own first neighbour, the mean of the H neighbours is taken; H = 0, like 1, is itself.
+  D9, D23  eq 6 and the candidates of eq 20 use E^id, not Ebar^id, as printed.
+  D10, D17 eqs 7-9: three encoders, one position table P; causal blocks with LayerNorm after the residual sum, as in BERT.
+  D11      eq 10: hard assignment of raw features, each row of C divided by its cluster's size, so that C Ehat are means.
+  D12-D14  eqs 12-15: the centres pass the very block that the sequence passes (residual, LayerNorm, GELU between the
+           two linear maps): as printed, two linear maps in a row are one, and without a residual all centres become equal.
+  D15-D16  the centres read the whole input, so only a row's last position may have a loss: one row per prefix.
+  D18, D22 rho_v + rho_t = 1, 0.5 each; tau = 0.2. Neither is given.
+  D19-D21  eq 19: the noise is logistic, though called Gumbel; the usual Gumbel-softmax is meant. None in evaluation.
+  D24-D27  eqs 20-24: scores are raw dot products, the softmax is inside each cross entropy, 1/|U| is over the whole sum;
+           the centre features of eq 16 are per user.
+  D28-D29  layers, heads, inner width and dropout are not given: MISSRec's. 50 items for every data set.
+  D30      features of any encoder; they enter the graphs and the clusters, and a trained layer only in w/o MRGC.
+  D31-D32  the history stays in the ranking, and is left out in the second number of every table; no pre-training.
+  and:     w/o CRE builds the modal graphs from E^m instead of Ebar^m; Ebar^id stays (mu_id = 0 is without that as well).
+           w/o MRGC makes Ehat^m a linear map of E^m. An item without a modality has what co-occurrence gives it (eq 3);
+           if that is nothing, its only neighbour is itself.
 
 Reads from the catalog: n_items, text, image, train_seqs. Centres and graphs are buffers, not weights.
 """
@@ -57,7 +62,7 @@ class MDSRecConfig:
     rho_image: float = 0.5               # rho_v; rho_t = 1 - rho_v (below eq. 17)
     tau: float = 0.2                     # temperature of eq. 19
     use_dis: bool = True                 # w/o DIS, Table 3: every pair in a sequence counts 1
-    use_cre: bool = True                 # w/o CRE, Table 3; reading 13
+    use_cre: bool = True                 # w/o CRE, Table 3
     use_mrgc: bool = True                # w/o MRGC, Table 3
     use_ica: bool = True                 # w/o ICA, Table 3
     optimizer: str = "adam"              # Adam (Parameter Settings)
@@ -66,7 +71,7 @@ class MDSRecConfig:
     batch_size: int = 512                # "mini-batch size 512"
     epochs: int = 200                    # at most; not in the paper
     patience: int = 10                   # "a patience of 10"
-    prefixes: bool = True                # reading 9
+    prefixes: bool = True                # D16
 
 
 # the paper's best H and k (its analysis of the neighbor number and the center number); small sets at a CPU's width
@@ -127,7 +132,7 @@ class Mix(torch.autograd.Function):
 
 
 def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
-    """O of eqs (1) and (2), rows divided by their sums (reading 2): sparse (N+1, N+1), zero diagonal."""
+    """O of eqs (1) and (2), rows divided by their sums (D3): sparse (N+1, N+1), zero diagonal."""
     seqs = [seq[-max_len:] for seq in train_seqs]
     items = torch.tensor([i for seq in seqs for i in seq], dtype=torch.long)
     user = torch.arange(len(seqs)).repeat_interleave(torch.tensor([len(seq) for seq in seqs], dtype=torch.long))
@@ -156,13 +161,13 @@ def nearest(features, count):
         cosine = (unit[rows] @ unit[1:].T).masked_fill(empty, -torch.inf)          # eq. (4)
         cosine[torch.arange(len(rows)), rows - 1] = 2                              # itself first, also among equals
         best = cosine.topk(min(count, N))                                          # eq. (5)
-        itself = best.values.isinf() | empty[rows - 1, None]                       # reading 14
+        itself = best.values.isinf() | empty[rows - 1, None]                       # alone: see the head
         found.append(torch.where(itself, rows[:, None], best.indices + 1))
     return torch.cat(found)
 
 
 def k_means(features, k, steps=50, seed=0):
-    """C of eq. (10): (N+1, D) -> (k, N+1), row c is 1 / size at the members of cluster c (reading 7).
+    """C of eq. (10): (N+1, D) -> (k, N+1), row c is 1 / size at the members of cluster c (D11).
 
     Items without a feature belong to no cluster; a cluster may be empty when there are fewer different items than k.
     """
@@ -225,10 +230,10 @@ class MDSRec(nn.Module):
         O = co_occurrence(catalog["train_seqs"], N, cfg.max_len, cfg.use_dis)
         buffer("O", O), buffer("O_T", O.t().coalesce())
         for m in MODALITIES:
-            E = F.normalize(catalog[m].to(self.position.dtype), dim=-1)             # E^m, reading 2
+            E = F.normalize(catalog[m].to(self.position.dtype), dim=-1)             # E^m, D5
             if cfg.use_mrgc:
-                E_bar = E + cfg.mu_modal * torch.sparse.mm(O, E) if cfg.use_cre else E       # eq. (3); reading 13
-                buffer(f"A_{m}", nearest(E_bar, max(cfg.neighbors, 1)))            # eqs. (4), (5); reading 3
+                E_bar = E + cfg.mu_modal * torch.sparse.mm(O, E) if cfg.use_cre else E       # eq. (3)
+                buffer(f"A_{m}", nearest(E_bar, max(cfg.neighbors, 1)))            # eqs. (4), (5); D6
             else:
                 buffer(f"E_{m}", E)
                 self.add_module(f"map_{m}", nn.Linear(E.shape[1], cfg.dim))
