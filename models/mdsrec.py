@@ -132,7 +132,7 @@ class Mix(torch.autograd.Function):
 
 
 def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
-    """O of eqs (1) and (2), rows divided by their sums (D3): sparse (N+1, N+1), zero diagonal."""
+    """O of eqs (1) and (2), rows divided by their sums (D3), and its transpose: sparse (N+1, N+1), zero diagonal."""
     seqs = [seq[-max_len:] for seq in train_seqs]
     items = torch.tensor([i for seq in seqs for i in seq], dtype=torch.long)
     user = torch.arange(len(seqs)).repeat_interleave(torch.tensor([len(seq) for seq in seqs], dtype=torch.long))
@@ -143,12 +143,14 @@ def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
         pairs.append(torch.stack([i, j])[:, together])
         values.append(torch.full((int(together.sum()),), 1 / distance if use_dis else 1.))   # eq. (1)
     pairs, values = torch.cat(pairs, 1), torch.cat(values)
-    O = torch.sparse_coo_tensor(torch.cat([pairs, pairs.flip(0)], 1), torch.cat([values, values]),
-                                (n_items + 1, n_items + 1), check_invariants=True).coalesce()   # eq. (2)
-    row = O.indices()[0]
-    total = torch.zeros(n_items + 1).index_add_(0, row, O.values())
-    return torch.sparse_coo_tensor(O.indices(), O.values() / total[row], O.shape, is_coalesced=True,
-                                   check_invariants=False)
+    i, j = torch.cat([pairs, pairs.flip(0)], 1)
+    place, pair = torch.unique(i * (n_items + 1) + j, return_inverse=True)
+    O = torch.zeros(len(place)).index_add_(0, pair, torch.cat([values, values]))             # eq. (2): symmetric
+    index = torch.stack([place // (n_items + 1), place % (n_items + 1)])
+    total = torch.zeros(n_items + 1).index_add_(0, index[0], O)
+    with torch.sparse.check_sparse_tensor_invariants(enable=True):
+        return tuple(torch.sparse_coo_tensor(index, O / total[side], (n_items + 1, n_items + 1), is_coalesced=True)
+                     for side in index)
 
 
 def nearest(features, count):
@@ -227,8 +229,8 @@ class MDSRec(nn.Module):
         self.encoders = nn.ModuleDict({n: nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
                                        for n in ("id", *MODALITIES)})
         buffer = lambda name, value: self.register_buffer(name, value, persistent=False)
-        O = co_occurrence(catalog["train_seqs"], N, cfg.max_len, cfg.use_dis)
-        buffer("O", O), buffer("O_T", O.t().coalesce())
+        O, O_T = co_occurrence(catalog["train_seqs"], N, cfg.max_len, cfg.use_dis)
+        buffer("O", O), buffer("O_T", O_T)
         for m in MODALITIES:
             E = F.normalize(catalog[m].to(self.position.dtype), dim=-1)             # E^m, D5
             if cfg.use_mrgc:

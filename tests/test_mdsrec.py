@@ -48,13 +48,14 @@ def test_co_occurrence_eqs_1_2(use_dis):
                 if i != j:
                     O[i][j] += 1 / abs(p - q) if use_dis else 1
     O = [[x / sum(row) if sum(row) else 0 for x in row] for row in O]
-    found = mdsrec.co_occurrence(seqs(), N, max_len, use_dis).to_dense()
+    found, transposed = (m.to_dense() for m in mdsrec.co_occurrence(seqs(), N, max_len, use_dis))
     torch.testing.assert_close(found, torch.tensor(O))
+    torch.testing.assert_close(found.T, transposed)
     assert not found.diagonal().any() and not found[0].any() and not found[:, 0].any()
 
 
 def test_no_sequences_give_no_co_occurrence():
-    assert mdsrec.co_occurrence([[], [3]], N, 5).to_dense().sum() == mdsrec.co_occurrence([], N, 5).to_dense().sum() == 0
+    assert mdsrec.co_occurrence([[], [3]], N, 5)[0].to_dense().sum() == mdsrec.co_occurrence([], N, 5)[0].to_dense().sum() == 0
 
 
 def test_nearest_eqs_4_5():
@@ -83,7 +84,7 @@ def test_co_occurrence_is_mixed_in_float32_and_with_its_gradient():
         mixed = model.encode_items()["id"]
         losses = model({"seq": torch.tensor([[1, 2]]), "target": torch.tensor([[2, 3]])})
     assert mixed.dtype == torch.float32 and all(v.dtype == torch.float32 for v in losses.values())
-    O, E = mdsrec.co_occurrence(seqs(), N, 10).to_dense(), model.item.weight
+    O, E = mdsrec.co_occurrence(seqs(), N, 10)[0].to_dense(), model.item.weight
     slope = torch.randn(N + 1, 8)
     found, = torch.autograd.grad(mixed, E, slope)
     torch.testing.assert_close(found, slope + 16 * O.T @ slope)
@@ -92,7 +93,7 @@ def test_co_occurrence_is_mixed_in_float32_and_with_its_gradient():
 def test_item_tables_eqs_3_6():
     model = make()
     table, E = model.encode_items(), model.item.weight
-    O = mdsrec.co_occurrence(seqs(), N, 10).to_dense()
+    O = mdsrec.co_occurrence(seqs(), N, 10)[0].to_dense()
     for i in range(N + 1):
         mixed = E[i] + 16.0 * sum(O[i, j] * E[j] for j in range(N + 1))
         torch.testing.assert_close(table["id"][i], mixed)
