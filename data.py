@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sources import NAMES, prepare
-from sources.common import UserError, command, encoder_slug, keys_sha256, load_tensors, read_json
+from sources.common import UserError, command, feature_path, keys_sha256, load_tensors, read_json
 
 COLD = 10                                # an item with fewer training occurrences is cold
 WINDOW = 32                              # rows are shuffled, then sorted by length inside windows of so many batches
@@ -79,9 +79,14 @@ class Data:
         present = {"text": np.array([bool(i["title"] or i["text"]) for i in self.items]),
                    "image": np.array([self.image_path(i) is not None for i in self.items])}
         for modality, encoder in self.about["features"].items():
-            path = self.folder / "features" / f"{modality}-{encoder_slug(encoder)}.safetensors"
-            present[modality] = load_tensors(path)[0][f"has_{modality}"].numpy()
+            tensors, _ = load_tensors(feature_path(self.folder, modality, encoder))
+            present[modality] = tensors[f"has_{modality}"].numpy()
         return present
+
+    @property
+    def texts(self) -> list:
+        """All the words of each item: title, then sentences, joined by a full stop; texts[0] is ""."""
+        return [". ".join(filter(None, [i["title"], *i["text"]])) for i in self.items]
 
     def catalog(self, reads) -> dict:
         """The catalog keys that need no encoder, as far as a model reads them (its READS)."""
@@ -91,7 +96,7 @@ class Data:
             "has_image": lambda: torch.from_numpy(self.has["image"]),
             "lang": lambda: torch.tensor([0, *(1 + languages.index(i["language"]) for i in items[1:])]),
             "train_seqs": lambda: self.train_seqs,
-            "titles": lambda: [". ".join(filter(None, [i["title"], *i["text"]])) for i in items],
+            "titles": lambda: self.texts,
             "image_paths": lambda: [self.image_path(i) for i in items],
         }
         return {"n_items": self.n_items} | {key: make() for key, make in makers.items() if key in reads}

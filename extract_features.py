@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import data as datasets
 from sources import NAMES
-from sources.common import UserError, command, encoder_slug, keys_sha256, load_tensors, read_json, write_features
+from sources.common import UserError, command, feature_path, keys_sha256, load_tensors, read_json, write_features
 
 KEYS = {"text": ("text", "has_text"), "image": ("image", "has_image")}
 DEFAULTS = {"text": "hash", "image": "pixels"}
@@ -37,12 +37,11 @@ def features(data, modality, encoder=None) -> dict:
     encoder, and for a feature file that is damaged or belongs to other items.
     """
     encoder = encoder or data.about["features"].get(modality) or DEFAULTS[modality]
-    stem = data.folder / "features" / f"{modality}-{encoder_slug(encoder)}"
-    path = stem.with_name(f"{stem.name}.safetensors")
+    path = feature_path(data.folder, modality, encoder)
     keys = [item["key"] for item in data.items[1:]]
     if not path.is_file():
         extract(data, modality, encoder, keys)
-    about, tensors = read_json(f"{stem}.json"), load_tensors(path)[0]
+    about, tensors = read_json(path.with_suffix(".json")), load_tensors(path)[0]
     if about["items_sha256"] != keys_sha256(keys) or any(len(t) != len(keys) + 1 for t in tensors.values()):
         raise UserError(f"{path} was made for other items, or for another order of them, than {data.folder} holds: "
                         f"remove it, then it is made again")
@@ -64,8 +63,7 @@ def extract(data, modality, encoder, keys):
 
 def hashed_texts(data):
     """(N, 256): title, then sentences, joined by a full stop."""
-    texts = [". ".join(filter(None, [item["title"], *item["text"]])) for item in data.items[1:]]
-    return hash_text(texts), {"template": "title. sentence. sentence"}
+    return hash_text(data.texts[1:]), {"template": "title. sentence. sentence"}
 
 
 def pixel_pictures(data):

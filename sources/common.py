@@ -140,12 +140,12 @@ def write_features(folder, modality, encoder, tensors, keys, about):
     tensors: name -> array of N+1 rows; names are catalog keys (text, has_text, sentences, sentences_mask, ...).
     keys: item keys in id order (N). about: what else fixes the numbers (weights, backend, template, versions).
     """
-    stem = Path(folder) / "features" / f"{modality}-{encoder_slug(encoder)}"
-    with atomic(stem.with_suffix(".safetensors"), "wb") as f:
+    path = feature_path(folder, modality, encoder)
+    with atomic(path, "wb") as f:
         f.write(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
-    write_json(f"{stem}.json", {"modality": modality, "encoder": encoder, "items": len(keys),
-                                "items_sha256": keys_sha256(keys),
-                                "shapes": {k: list(v.shape) for k, v in tensors.items()}, **about})
+    write_json(path.with_suffix(".json"), {"modality": modality, "encoder": encoder, "items": len(keys),
+                                           "items_sha256": keys_sha256(keys),
+                                           "shapes": {k: list(v.shape) for k, v in tensors.items()}, **about})
 
 
 def save_tensors(path, tensors, about=None):
@@ -164,9 +164,10 @@ def load_tensors(path):
         raise UserError(f"{path} cannot be read ({e}): remove it and run the same command again") from None
 
 
-def encoder_slug(encoder) -> str:
-    """An encoder's name as part of a file name: `sentence-transformers/all-MiniLM-L6-v2` -> `...-all-minilm-l6-v2`."""
-    return re.sub(r"[^a-z0-9_-]+", "-", str(encoder).lower()).strip("-")
+def feature_path(folder, modality, encoder) -> Path:
+    """`features/text-hash.safetensors`; in an encoder's name all but [a-z0-9_-] becomes a dash. Its json lies beside it."""
+    encoder = re.sub(r"[^a-z0-9_-]+", "-", str(encoder).lower()).strip("-")
+    return Path(folder) / "features" / f"{modality}-{encoder}.safetensors"
 
 
 def command(main):
