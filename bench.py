@@ -1,6 +1,7 @@
 """Speed, side by side: our form of a piece of work against the usual one, alternating in one process, medians.
 
-    python bench.py --data $DATA/beauty          (any data set; the default is demo)
+    python bench.py --data $DATA/beauty                                  (any data set; the default is demo)
+    python bench.py --data $DATA/beauty --text path/to/sentence-bert     (the same, and the encoding of its sentences)
 
 Only the ratios mean something on another machine. Nothing here is asserted by a test.
 """
@@ -14,11 +15,14 @@ import torch.nn.functional as F
 
 import data as datasets
 import train
+from encoders import open_encoder
 from evaluate import ranks_of
+from extract_features import inputs_of
 from sources.common import command
 
 TARGETS = 20_000                         # training targets that a usual form works through per repetition
 USERS = 4_000                            # test users that each contestant ranks per repetition
+ITEMS = 3_000                            # items whose sentences are encoded per repetition
 
 
 def sasrec(data, device):
@@ -103,6 +107,37 @@ def evaluation(data, device):
     return {"ours: length-sorted, trimmed, counting": ours, "padded, Python loader, whole matrix sorted": usual}
 
 
+def encoding(data, encoder, device):
+    """Sentences of items -> vectors by a Hugging Face text model: {name: function that returns sentences per second}."""
+    which, inputs = inputs_of(data, "text")
+    rng = np.random.default_rng(0)
+    sentences = [inputs[i] for item in rng.permutation(len(which))[:ITEMS] for i in which[item]]
+    model = open_encoder("text", encoder, device)
+
+    def ours(texts):
+        def run():
+            begin = time.perf_counter()
+            model.encode(texts)
+            return len(sentences) / elapsed(begin, device)
+        return run
+
+    def usual(share, **padding):
+        @torch.inference_mode()
+        def run():
+            texts, begin = sentences[:len(sentences) // share], time.perf_counter()
+            for first in range(0, len(texts), 32):
+                x = model.tokenizer(texts[first:first + 32], truncation=True, max_length=256, return_tensors="pt", **padding)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    model.pool(x.to(device)).cpu()
+            return len(texts) / elapsed(begin, device)
+        return run
+
+    return {"ours: each distinct one, by length, token budget": ours(list(dict.fromkeys(sentences))),
+            "ours, repeated sentences encoded again": ours(sentences),
+            "padded to the batch's longest": usual(4, padding=True),
+            "padded to 256 tokens": usual(32, padding="max_length")}
+
+
 def elapsed(begin, device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -123,6 +158,7 @@ def compare(title, unit, contestants, repeats):
 def main():
     parser = argparse.ArgumentParser(description="Measure speed, side by side.", allow_abbrev=False)
     parser.add_argument("--data", default="demo", help="data set to measure on (default: demo)")
+    parser.add_argument("--text", help="a Hugging Face text model: measures the encoding of the data set's sentences, too")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     parser.add_argument("--repeats", type=int, default=3, help="how often each contestant runs (default: 3)")
     args = parser.parse_args()
@@ -132,6 +168,8 @@ def main():
           f"{torch.__version__}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
           f"{torch.get_num_threads()} threads")
     compare("SASRec training, full softmax", "targets/s", training(data, device), args.repeats)
+    if args.text:
+        compare(f"encoding with {args.text}", "sentences/s", encoding(data, args.text, device), args.repeats)
     compare("evaluation, full ranking, plain and masked", "users/s", evaluation(data, device), args.repeats)
 
 

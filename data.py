@@ -9,6 +9,7 @@ time for all users at 80 % and 90 % of the interactions; the targets are each us
 """
 import argparse
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sources import NAMES, prepare
+from sources import BY, NAMES, pictures, prepare
 from sources.common import UserError, command, feature_path, keys_sha256, load_tensors, read_json
 
 COLD = 10                                # an item with fewer training occurrences is cold
@@ -77,10 +78,10 @@ class Data:
         Where features came with the data, which items have such features.
         """
         present = {"text": np.array([bool(i["title"] or i["text"]) for i in self.items]),
-                   "image": np.array([self.image_path(i) is not None for i in self.items])}
+                   "image": np.array([bool(self.image_paths(i)) for i in self.items])}
         for modality, encoder in self.about["features"].items():
             tensors, _ = load_tensors(feature_path(self.folder, modality, encoder))
-            present[modality] = tensors[f"has_{modality}"].numpy()
+            present[modality] = tensors["index"].numpy().any(1)
         return present
 
     @property
@@ -101,10 +102,29 @@ class Data:
         }
         return {"n_items": self.n_items} | {key: make() for key, make in makers.items() if key in reads}
 
-    def image_path(self, item):
-        """Path of an item's first picture that is on disk, else None."""
+    @cached_property
+    def fetched(self) -> dict:
+        """Address of a picture -> its path, for those that were fetched."""
+        return pictures.fetched(self.folder / self.about["pictures"])
+
+    def image_paths(self, item) -> list:
+        """Paths of an item's pictures that are on disk; a folder of frames is one picture. item: a row of `items`."""
         root = self.folder / self.about["image_root"]
-        return next((str(root / p) for p in item["images"] if "://" not in p and (root / p).is_file()), None)
+        paths = [self.fetched.get(p) if "://" in p else root / p for p in item["images"]]
+        return [str(p) for p in paths if p and p.exists()]
+
+    def fetch_pictures(self):
+        """Fetch what the items have as addresses only; what is there, or was refused before, is not asked for again."""
+        wanted = [(i["key"], urls) for i in self.items[1:] if (urls := [p for p in i["images"] if "://" in p])]
+        if wanted:
+            counts = pictures.fetch(wanted, self.folder / self.about["pictures"], self.about["picture_hosts"])
+            print(f"pictures of {self.name}: " + ", ".join(f"{k} {n}" for k, n in counts.items() if n), flush=True)
+            for cached in ("fetched", "has"):
+                self.__dict__.pop(cached, None)
+
+    def image_path(self, item):
+        """Path of an item's first picture that is on disk and is one file, else None."""
+        return next(filter(os.path.isfile, self.image_paths(item)), None)
 
     def training_rows(self, kind, max_len, device="cpu") -> "Rows":
         """kind "sequences": one row per user, a target after every item; "prefixes": one row per prefix, one target."""
@@ -205,9 +225,9 @@ def _temporal(data):
 SPLITS = {"leave_one_out": _leave_one_out, "temporal": _temporal}
 
 
-def load(where, root="data", split="leave_one_out", core=None, mirror=None) -> Data:
+def load(where, root="data", split="leave_one_out", core=None, mirror=None, by=None) -> Data:
     """Known name, folder of raw files or processed folder -> Data; prepares what is not prepared yet. Raises UserError."""
-    folder = prepare(where, root, core, mirror)
+    folder = prepare(where, root, core, mirror, by)
     about = read_json(folder / "source.json")
     try:
         with np.load(folder / "sequences.npz", allow_pickle=False) as f:
@@ -242,14 +262,25 @@ def statistics(data) -> dict:
     }
 
 
+def add_arguments(parser, data="--data"):
+    """The flags that say which data: the keyword arguments of `load`, the same in every script."""
+    parser.add_argument(data, **({"required": True} if data[0] == "-" else {}), help=f"a folder, or {', '.join(NAMES)}, "
+                        f"amazon2018:CATEGORY, amazon2023:CATEGORY")
+    parser.add_argument("--split", choices=SPLITS, default="leave_one_out")
+    parser.add_argument("--core", type=int, help="k-core on users and items (default: the source's own)")
+    parser.add_argument("--by", choices=BY, help="what an item is, where the source has a choice (H&M: article)")
+    parser.add_argument("--mirror", help="base URL to download a known data set from")
+
+
+def load_for(args) -> Data:
+    """`load` with what add_arguments brought."""
+    return load(args.data, split=args.split, core=args.core, mirror=args.mirror, by=args.by)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prepare a data set and print its statistics.", allow_abbrev=False)
-    parser.add_argument("data", help=f"a folder, or one of {', '.join(NAMES)}, or amazon2018:CATEGORY, amazon2023:CATEGORY")
-    parser.add_argument("--core", type=int, help="k-core on users and items (default: the source's own)")
-    parser.add_argument("--mirror", help="base URL to download from")
-    parser.add_argument("--split", choices=SPLITS, default="leave_one_out")
-    args = parser.parse_args()
-    data = load(args.data, split=args.split, core=args.core, mirror=args.mirror)
+    add_arguments(parser, "data")
+    data = load_for(parser.parse_args())
     print(f"{data.name} in {data.folder}, from {data.about['from']}")
     for step in data.about["counts"]:
         print(f"  {step['users']:>9} users {step['items']:>9} items {step['interactions']:>10} interactions   "

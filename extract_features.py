@@ -1,173 +1,184 @@
 """Titles and pictures -> frozen features, made once: `data/<name>/features/<modality>-<encoder>.safetensors`.
 
     python extract_features.py --data demo --text hash --image pixels
+    python extract_features.py --data pantry --text sentence-transformers/all-mpnet-base-v2
 
-train.py does this by itself where features are missing. A file holds the catalog keys of its modality (`text`,
-`has_text`; `image`, `has_image`), one row per item id, row 0 zero; an item without the modality has a zero row and
-False. The json beside it says what the numbers are: encoder, versions, text template, SHA-256 of the item keys. A file
-of other items or of another order is refused.
+train.py does this by itself where features are missing. Encoders are
 
-Two encoders are built in and need no download: `hash` for text, `pixels` for pictures.
+    hash, pixels                    built in: they need no download, and are the defaults of the demo shops
+    microsoft/swin-base-...         a Hugging Face text or vision model: its name there, or a folder
+    ViT-B-32:laion2b_s34b_b79k      an open_clip model and its weights' tag or checkpoint file; also hf-hub: and local-dir:
+    keywords:CLIP                   for pictures, as MSM4SR has them: the 15 words of the data set that are nearest to the
+                                    picture in the space of the encoder CLIP, read as a sentence by the text encoder
+
+Every sentence (title first, then the other texts, 10 at most) and every picture (10 at most; of an animation or a folder
+of frames, the mean over 10 frames, FMMS-Rec eq. 1) gets a vector of its own, each distinct one once; an item's `text` and
+`image` are the means. A file holds the distinct vectors and, item by item, which of them are its own; the json beside it
+says what the numbers are: encoder, weights, versions, template, SHA-256 of the item keys and of what was encoded. A file
+of other items, or of another order of them, is refused. Work goes in parts that are kept, so a killed run goes on.
 """
 import argparse
 import re
-import unicodedata
-import zlib
-from collections import Counter
-from functools import lru_cache
-from importlib.metadata import version
+import shutil
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data as datasets
-from sources import NAMES
-from sources.common import UserError, command, feature_path, keys_sha256, load_tensors, read_json, write_features
+from encoders import BUILT_IN, open_encoder
+from sources.common import (UserError, command, feature_path, keys_sha256, load_tensors, read_json, save_tensors,
+                            set_aside, write_features, write_json)
 
-KEYS = {"text": ("text", "has_text"), "image": ("image", "has_image")}
-DEFAULTS = {"text": "hash", "image": "pixels"}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")     # the only ones that are opened
+KEYS = {"text": ("text", "has_text", "sentences", "sentences_mask"),
+        "image": ("image", "has_image", "pictures", "pictures_mask")}
+CLIP = "ViT-B-32:laion2b_s34b_b79k"      # the default for everything but the demo shops
+MOST = 10                                # sentences or pictures of one item
+PART = {"text": 4096, "image": 1024}     # inputs whose vectors are saved together
+END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9À-Þ])|(?<=[。！？])")     # of a sentence
 
 
-def features(data, modality, encoder=None) -> dict:
-    """Catalog keys of one modality ("text" or "image") as tensors; extracts them first where they are missing.
+# ---------------------------------------------------------------- what train.py asks for
 
-    encoder: None = the features that came with the data, else the default one. Raises UserError for an unknown
-    encoder, and for a feature file that is damaged or belongs to other items.
+def features(data, modality, text=None, image=None, device=None, reads=None) -> dict:
+    """The catalog keys of one modality ("text" or "image") as tensors; makes them first where they are missing.
+
+    text, image: encoders; None = the features that came with the data, else the default one. reads: the keys wanted;
+    None = all four. Raises UserError for an encoder that cannot be had, and for a feature file that is damaged or
+    belongs to other items.
     """
-    encoder = encoder or data.about["features"].get(modality) or DEFAULTS[modality]
+    encoder = encoders(data, text, image)[modality]
     path = feature_path(data.folder, modality, encoder)
     keys = [item["key"] for item in data.items[1:]]
+    if path.is_file():
+        about = read_json(path.with_suffix(".json"))
+        if (about["items_sha256"], about["encoder"]) != (keys_sha256(keys), encoder):
+            raise UserError(f"{path} was made for other items, for another order of them, or by another encoder: "
+                            f"remove it, then it is made again")
+        inputs = inputs_of(data, modality)[1]
+        if inputs and about.get("inputs_sha256") not in (None, fingerprint(inputs, modality)):
+            print(f"the {modality} inputs of {data.name} have changed: their old features are now {set_aside(path)}")
     if not path.is_file():
-        extract(data, modality, encoder, keys)
-    about, tensors = read_json(path.with_suffix(".json")), load_tensors(path)[0]
-    if about["items_sha256"] != keys_sha256(keys) or any(len(t) != len(keys) + 1 for t in tensors.values()):
-        raise UserError(f"{path} was made for other items, or for another order of them, than {data.folder} holds: "
-                        f"remove it, then it is made again")
-    if not (tensors[modality].isfinite().all() and not tensors[modality][0].any()):
+        extract(data, modality, encoder, keys, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    tensors = load_tensors(path)[0]
+    vectors, index = tensors.get("vectors"), tensors.get("index")
+    if vectors is None or index is None or len(index) != len(keys) + 1 or not 0 <= index.min() <= index.max() < len(vectors):
+        raise UserError(f"{path} is no feature file of {len(keys)} items: remove it, then it is made again")
+    if vectors[0].any() or index[0].any() or not vectors.isfinite().all():
         raise UserError(f"{path} holds numbers that are not finite, or a row 0 that is not zero: remove it")
-    return tensors
+    makers = (lambda: F.embedding_bag(index, vectors, mode="mean", padding_idx=0),     # (N+1, D)
+              lambda: index.any(1), lambda: vectors[index], lambda: index != 0)        # (N+1), (N+1, S, D), (N+1, S)
+    return {key: make() for key, make in zip(KEYS[modality], makers) if reads is None or key in reads}
 
 
-def extract(data, modality, encoder, keys):
-    """Encode one modality of all items and write it. Raises UserError for an encoder that is not known."""
-    if encoder not in ENCODERS[modality]:
-        raise UserError(f"--{modality} {encoder} is not known: give {' or '.join(ENCODERS[modality])}")
-    print(f"extracting {modality} features of {data.name} with {encoder}", flush=True)
-    rows, about = ENCODERS[modality][encoder](data)
-    rows = np.concatenate([np.zeros((1, rows.shape[1]), np.float32), rows])
-    write_features(data.folder, modality, encoder, {modality: rows, f"has_{modality}": rows.any(1)}, keys,
-                   {"weights": "built in", "versions": {p: version(p) for p in ("numpy", "pillow")}, **about})
+def encoders(data, text=None, image=None) -> dict:
+    """{"text", "image"}: full names of the encoders that a choice means for a data set (None = the default one)."""
+    defaults = BUILT_IN if data.about["source"] == "demo" else dict.fromkeys(KEYS, CLIP)
+    text, image = (given or data.about["features"].get(modality) or defaults[modality]
+                   for modality, given in (("text", text), ("image", image)))
+    return {"text": text, "image": f"{image}+{text}" if image.startswith("keywords:") and "+" not in image else image}
 
 
-def hashed_texts(data):
-    """(N, 256): title, then sentences, joined by a full stop."""
-    return hash_text(data.texts[1:]), {"template": "title. sentence. sentence"}
+def inputs_of(data, modality):
+    """(which inputs each item 1..N has, by number; the distinct inputs: sentences, or paths of pictures)"""
+    of = sentences_of if modality == "text" else data.image_paths
+    lists = [of(item)[:MOST] for item in data.items[1:]]
+    number = {x: n for n, x in enumerate(dict.fromkeys(x for xs in lists for x in xs))}
+    return [[number[x] for x in xs] for xs in lists], list(number)
 
 
-def pixel_pictures(data):
-    """(N, 128): each item's first picture; the names of pictures that cannot be read go into the json."""
-    paths, failures = [data.image_path(item) for item in data.items[1:]], {}
-    rows = np.zeros((len(paths), 128), np.float32)
-    for i, path in enumerate(tqdm(paths, desc="pictures", unit="", leave=False, disable=None)):
-        if path:
-            try:
-                with Image.open(path, formats=FORMATS) as picture:
-                    rows[i] = pixels([picture.convert("RGB")])[0]
-            except Exception as e:       # Pillow raises many types for damaged files; one bad file is one failure
-                failures[path] = f"{type(e).__name__}: {e}"
-    if failures:
-        print(f"{len(failures)} pictures could not be read, the first is {next(iter(failures))}")
-    return rows, {"failures": failures}
+def sentences_of(item) -> list:
+    """The title, then the sentences of the other texts, distinct, in their order. item: a row of `Data.items`."""
+    return list(dict.fromkeys(s for s in (item["title"], *(s for text in item["text"] for s in END.split(text))) if s))
 
 
-ENCODERS = {"text": {"hash": hashed_texts}, "image": {"pixels": pixel_pictures}}
+def fingerprint(inputs, modality) -> str:
+    """SHA-256 of what is encoded: sentences, or the names and sizes of picture files."""
+    if modality == "image":
+        inputs = [f"{Path(p).parent.name}/{Path(p).name} {Path(p).stat().st_size}" for p in inputs]
+    return keys_sha256(inputs)
 
 
-def hash_text(texts, dim=256):
-    """The built-in text encoder: words of 4 or more letters, and every word's trigrams at weight .35. float32 (n, dim)
+# ---------------------------------------------------------------- encoding, in parts that are kept
 
-    Chinese, Japanese and Korean runs give character bigrams, which stand in for words there. Each token is a normal
-    vector seeded by its crc32; they are summed and scaled to length 1. Nothing is learned from the catalog, so two
-    catalogs share one space. A text without a letter or digit gives a zero row.
+def extract(data, modality, encoder, keys, device):
+    """Encode one modality of all items and write its feature file. Raises UserError for an encoder that cannot be had."""
+    if modality == "image":
+        data.fetch_pictures()
+    which, inputs = inputs_of(data, modality)
+    path = feature_path(data.folder, modality, encoder)
+    parts = path.with_suffix(".parts")
+    vectors, about = np.zeros((0, 1), np.float32), {}
+    if inputs:
+        print(f"extracting {modality} features of {data.name} with {encoder}", flush=True)
+        model = open_encoder(modality, encoder, device, data.texts)
+        about = {"inputs": len(inputs), "inputs_sha256": fingerprint(inputs, modality), **model.about}
+        vectors, failures, cut = in_parts(parts, model.encode, inputs, PART[modality], {"encoder": encoder, **about})
+        about |= {"failures": failures, "texts_cut": cut}
+        if failures:
+            print(f"{len(failures)} of {len(inputs)} pictures cannot be used, the first is "
+                  f"{' ('.join(next(iter(failures.items())))}); all are named in {path.with_suffix('.json')}")
+        if len(vectors) - len(failures) > 1 and not (vectors != vectors[0]).any():
+            print(f"warning: {encoder} gives one and the same vector for everything in {data.name}")
+    index = np.zeros((len(keys), max(1, *map(len, which))), np.int64)
+    for row, numbers in zip(index, which):
+        row[:len(numbers)] = np.array(numbers, np.int64) + 1
+    write_features(data.folder, modality, encoder, vectors, index, keys, about)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def in_parts(folder, encode, inputs, size, about):
+    """encode(inputs) -> (vectors, failures, texts cut), part by part; parts that are in `folder` are not made again.
+
+    Inputs of similar length lie in one part, the longest first. Returns the vectors (len(inputs), D) in the order of the
+    inputs, the failures {input: reason}, and how many texts were cut.
     """
-    cjk = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"
-    run = re.compile(rf"([{cjk}]+)|([^\W_{cjk}]+)")
-    random = np.random.RandomState()                       # seeding one again is far cheaper than making a new one
-
-    @lru_cache(maxsize=1 << 16)
-    def vector(token):
-        random.seed(zlib.crc32(token.encode("utf-8", "replace")))
-        return random.standard_normal(dim).astype(np.float32)
-
-    features = np.zeros((len(texts), dim), np.float32)
-    for row, text in zip(features, texts):
-        weights = Counter()
-        for dense, word in run.findall(unicodedata.normalize("NFKC", text).lower()):
-            for i in range(max(len(dense) - 1, 1) if dense else 0):
-                weights[dense[i:i + 2]] += 1
-            for i in range(max(len(word) - 2, 1) if word else 0):
-                weights[word[i:i + 3]] += .35
-            if len(word) >= 4:
-                weights[word] += 1
-        if weights:
-            vectors = np.concatenate([vector(token) for token in weights]).reshape(-1, dim)
-            row += np.array(list(weights.values()), np.float32) @ vectors
-            row /= np.linalg.norm(row)
-    return features
+    if folder.exists() and (not (folder / "about.json").is_file() or read_json(folder / "about.json") != about):
+        shutil.rmtree(folder)            # parts of other inputs or of another encoder
+    write_json(folder / "about.json", about)
+    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+    rows, failures, cut = [], {}, 0
+    with tqdm(total=len(inputs), desc="encoding", unit="", leave=False, disable=None) as bar:
+        for first in range(0, len(inputs), size):
+            part = folder / f"{first}.safetensors"
+            if not part.is_file():
+                vectors, *notes = encode([inputs[i] for i in order[first:first + size]])
+                save_tensors(part, {"vectors": torch.from_numpy(vectors)}, notes)
+            tensors, notes = load_tensors(part)
+            rows.append(tensors["vectors"].numpy())
+            failures |= notes[0]
+            cut += notes[1]
+            bar.update(len(rows[-1]))
+    vectors = np.empty((len(inputs), rows[0].shape[1]), np.float32)
+    vectors[order] = np.concatenate(rows)
+    return vectors, failures, cut
 
 
-def pixels(pictures, dim=128):
-    """The built-in picture encoder, for RGB pictures (PIL) of any size. float32 (n, dim)
+# ---------------------------------------------------------------- the command line
 
-    Five blocks, each of length 1: a 12 x 12 thumbnail, a hue histogram, edge orientations, a silhouette (what is
-    colourful where), and the low frequencies of the middle; then one fixed random projection. Nothing is learned.
-    """
-    def angles(angle, strength, turn, bins):
-        """Each pixel's strength, shared by the two bins nearest to its angle: (H, W) -> (H, W, bins)"""
-        ahead = (angle * np.float32(bins / turn))[..., None] - np.arange(bins, dtype=np.float32)
-        apart = np.abs((ahead + bins / 2) % bins - bins / 2)
-        return np.maximum(1 - apart, 0) * strength[..., None]
-
-    def pool(x, n):
-        """(48, 48, ...) -> means of n x n equal cells (n, n, ...)"""
-        return x.reshape(n, 48 // n, n, 48 // n, *x.shape[2:]).mean((1, 3))
-
-    window = (np.hanning(24)[:, None] * np.hanning(24)).astype(np.float32)
-    features = []
-    for picture in pictures:
-        rgb = np.asarray(picture.resize((48, 48), Image.BOX), np.float32) / 255
-        red, green, blue = np.moveaxis(rgb, -1, 0)
-        grey, spread = rgb.mean(-1), np.ptp(rgb, axis=-1)
-        down, right = np.gradient(grey)
-        hue = np.arctan2(1.732 * (green - blue), 2 * red - green - blue)
-        edges = angles(np.arctan2(down, right), np.hypot(down, right), np.pi, 8)
-        middle = grey[12:36, 12:36] - grey[12:36, 12:36].mean()
-        blocks = [pool(rgb, 12) - .5, angles(hue, spread, 2 * np.pi, 12).mean((0, 1)), pool(edges, 3),
-                  pool(spread, 12), np.abs(np.fft.rfft2(middle * window))[:8, :8]]
-        blocks = np.concatenate([block.ravel() / max(np.linalg.norm(block), 1e-3) for block in blocks])
-        features.append(blocks @ projection(len(blocks), dim))
-    return np.array(features, np.float32).reshape(-1, dim)
-
-
-@lru_cache
-def projection(rows, columns):
-    return np.random.RandomState(0).standard_normal((rows, columns)) / np.sqrt(columns)
+def add_arguments(parser):
+    """The flags that say which data and which encoders."""
+    datasets.add_arguments(parser)
+    parser.add_argument("--text", help=f"text encoder: hash, a Hugging Face model, or an open_clip model such as {CLIP} "
+                        f"(default: the features that came with the data, else {CLIP}; for the demo shops hash)")
+    parser.add_argument("--image", help="image encoder: pixels, a Hugging Face model, an open_clip model, or keywords: and "
+                        "one that has texts and pictures in one space (default: as for --text; for the demo shops pixels)")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Encode the titles and pictures of a data set.", allow_abbrev=False)
-    parser.add_argument("--data", required=True, help=f"a folder, or one of {', '.join(NAMES)}")
-    parser.add_argument("--text", help="text encoder (default: the features that came with the data, else hash)")
-    parser.add_argument("--image", help="image encoder (default: the features that came with the data, else pixels)")
-    parser.add_argument("--core", type=int, help="k-core on users and items (default: the source's own)")
+    add_arguments(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     args = parser.parse_args()
-    data = datasets.load(args.data, core=args.core)
-    for modality, encoder in (("text", args.text), ("image", args.image)):
-        tensors = features(data, modality, encoder)
-        print(f"{modality}: {int(tensors[f'has_{modality}'].sum())} of {data.n_items} items, "
-              f"{tensors[modality].shape[1]} numbers each")
+    data = datasets.load_for(args)
+    data.fetch_pictures()                # what an earlier run could not get is asked for again
+    for modality, encoder in encoders(data, args.text, args.image).items():
+        tensors = features(data, modality, args.text, args.image, args.device)
+        _, has, stack, mask = (tensors[key] for key in KEYS[modality])
+        print(f"{modality} by {encoder}: {int(has.sum())} of {data.n_items} items, {int(mask.sum())} vectors of "
+              f"{stack.shape[-1]} numbers, {feature_path(data.folder, modality, encoder)}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from tqdm import tqdm
 import data as datasets
 import evaluate as evaluation
 import extract_features
-from sources import NAMES
 from sources.common import (UserError, atomic, command, load_tensors, read_json, save_tensors, set_aside,
                             write_json)
 
@@ -63,20 +62,15 @@ def common_arguments():
         epilog="With --model NAME --help, also the model's own settings.")
     add = parser.add_argument
     add("--model", required=True, help=f"{', '.join(MODELS)}, or the path of a model file")
-    add("--data", required=True, help=f"a folder, or {', '.join(NAMES)}, amazon2018:CATEGORY, amazon2023:CATEGORY")
-    add("--text", help="text encoder (default: the features that came with the data, else hash)")
-    add("--image", help="image encoder (default: the features that came with the data, else pixels)")
+    extract_features.add_arguments(parser)
     add("--seed", type=int, default=0, help="seed of weights, order and dropout (default: 0)")
     add("--seeds", help="several seeds, such as 0,1,2: runs each and prints mean and standard deviation")
-    add("--split", choices=datasets.SPLITS, default="leave_one_out")
-    add("--core", type=int, help="k-core on users and items (default: the source's own)")
     add("--mask_history", action="store_true", help="select the epoch by masked validation metrics")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--clip_norm", type=float, default=5.0, help="largest gradient norm (default: 5)")
     add("--out", default="runs", help="folder for run folders (default: runs)")
     add("--resume", action="store_true", help="go on where the same command was interrupted")
-    add("--mirror", help="base URL to download a known data set from")
     return parser
 
 
@@ -141,13 +135,14 @@ def pick_device(name=None):
 
 # ---------------------------------------------------------------- building
 
-def build_catalog(module, data, text, image):
+def build_catalog(module, data, text, image, device):
     """The catalog dict with the keys that the model file READS, and no others (`n_items` always)."""
+    if "image_paths" in module.READS:
+        data.fetch_pictures()
     catalog = data.catalog(module.READS)
-    for modality, encoder in (("text", text), ("image", image)):
-        if set(module.READS) & set(extract_features.KEYS[modality]):
-            features = extract_features.features(data, modality, encoder)
-            catalog |= {k: v for k, v in features.items() if k in module.READS}
+    for modality, keys in extract_features.KEYS.items():
+        if set(module.READS) & set(keys):
+            catalog |= extract_features.features(data, modality, text, image, device, module.READS)
     return catalog
 
 
@@ -190,7 +185,7 @@ def open_run(run, device=None):
         cfg = module.Config(**settings["config"])
     except TypeError as e:
         raise UserError(f"{run} was made by another version of the model ({e}): train it again") from None
-    catalog = build_catalog(module, data, settings["text"], settings["image"])
+    catalog = build_catalog(module, data, settings["text"], settings["image"], device)
     model = build(module.Model, cfg, catalog, device, settings["seed"])
     load_weights(model, run / "model.safetensors")
     return model, data, cfg, device
@@ -457,9 +452,9 @@ def main():
     except ValueError:
         raise UserError(f"--seeds {args.seeds or args.seed} is not a list of whole numbers such as 0,1,2") from None
     device = pick_device(args.device)
-    data = datasets.load(args.data, split=args.split, core=args.core, mirror=args.mirror)
+    data = datasets.load_for(args)
     cfg = configure(module, args, data.name)
-    catalog = build_catalog(module, data, args.text, args.image)
+    catalog = build_catalog(module, data, args.text, args.image, device)
     results = []
     for args.seed in seeds:
         run, result = run_seed(args, module, cfg, data, catalog, device)

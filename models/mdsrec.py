@@ -80,6 +80,7 @@ PRESETS = {
     "baby": dict(neighbors=10, centers=32), "sports": dict(neighbors=20, centers=32),
     "clothing": dict(neighbors=15, centers=64),
     "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, dropout=0.3, lr=2e-3),
+    "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False),       # long histories: a row per prefix is slow
     "demo": dict(centers=4, dim=64, inner=128, lr=3e-3, epochs=20),
 }
 

@@ -7,7 +7,8 @@ A source module has four functions (see folder.py for the shortest):
     fetch(name, raw, mirror) -> Path     bring a known data set into the folder `raw`; files already there are kept
     read(folder, name) -> Raw            read the raw files (name is None for somebody's own folder)
 
-and `NAMES`, the names for help texts.
+and `NAMES`, the names for help texts. `BY = ("article", "product")`, where a source has it, says what an item can be,
+the default first; read then takes it as `by`.
 """
 import importlib
 import json
@@ -22,27 +23,29 @@ import numpy as np
 from .common import (Raw, UserError, atomic, k_core, keys_sha256, read_json, set_aside, sha256, write_features,
                      write_json)
 
-FORMAT = 2                               # of the processed folder; a folder of another format is made anew
+FORMAT = 3                               # of the processed folder; a folder of another format is made anew
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 SOURCES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 SOURCES = [m for m in SOURCES if hasattr(m, "recognises")]
 NAMES = [name for m in SOURCES for name in m.NAMES]
+BY = sorted({by for m in SOURCES for by in getattr(m, "BY", ())})
 
 
-def prepare(where, root="data", core=None, mirror=None) -> Path:
+def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
     """A known data set's name, a folder of raw files or a processed folder -> the processed folder.
 
     Work that is already done is not done again: a folder's files are compared by size, time and SHA-256. What a
     changed source or option replaces is renamed to `<name>~1`, never deleted.
 
     core: k of the iterative k-core on users and items; None = what the source's papers do (none for a folder).
-    mirror: base URL to download from instead of the built-in ones. Raises UserError.
+    mirror: base URL to download from instead of the built-in ones. by: what an item is, where the source has a choice.
+    Raises UserError.
     """
     root, folder = Path(root), Path(where)
     if (folder / "source.json").is_file() and (folder / "sequences.npz").is_file():
         about = read_json(folder / "source.json")
-        if about.get("format") != FORMAT or core not in (None, about["core"]):
-            raise UserError(f"{folder} is a processed folder of another format or with another --core: "
+        if about.get("format") != FORMAT or core not in (None, about["core"]) or by not in (None, about["by"]):
+            raise UserError(f"{folder} is a processed folder of another format or with another --core or --by: "
                             f"give the raw data instead")
         return folder
     source = next((m for m in SOURCES if m.knows(str(where))), None)
@@ -55,19 +58,25 @@ def prepare(where, root="data", core=None, mirror=None) -> Path:
         if source is None:
             raise UserError(f"no source recognises the files in {folder}: for your own data put interactions.csv "
                             f"(header user,item,time) and, if you have them, items.jsonl there")
+    kinds = getattr(source, "BY", ())
+    if by not in (None, *kinds):
+        raise UserError(f"--by {by} means nothing for {where}: "
+                        + (f"give {' or '.join(kinds)}" if kinds else "leave it out"))
     origin = name or str(folder.resolve())
-    raw_folder = root / "raw" / _slug(name) if name else folder
-    out = root / ((_slug(name) if name else _folder_name(folder, root)) + (f"-core{core}" if core is not None else ""))
+    base = _slug(name) if name else _folder_name(folder, root)
+    raw_folder = root / "raw" / base if name else folder
+    out = root / (base + (f"-{by}" if by in kinds[1:] else "") + (f"-core{core}" if core is not None else ""))
     if _is_fresh(out, origin, None if name else raw_folder):
         return out
     if name:
         raw_folder = source.fetch(name, raw_folder, mirror)
     print(f"preparing {out} from {raw_folder}", flush=True)
-    raw = source.read(raw_folder, name)
+    raw = source.read(raw_folder, name, **({"by": by or kinds[0]} if kinds else {}))
     if core is not None:
         raw.core = core
     build(raw, out, {"format": FORMAT, "name": out.name, "from": origin,
-                     "source": source.__name__.rpartition(".")[2],
+                     "source": source.__name__.rpartition(".")[2], "by": by or (kinds[0] if kinds else None),
+                     "pictures": f"../raw/{base}/pictures",
                      "files": {p.name: _fingerprint(p) for p in _raw_files(raw_folder)}})
     return out
 
@@ -84,11 +93,12 @@ def build(raw: Raw, out: Path, about: dict):
     item_keys = raw.item_order or sorted(set(raw.items) | set(raw.catalog))
     users, items = _codes(raw.users, user_keys), _codes(raw.items, item_keys)
     times = np.asarray(raw.times)        # fractions of a second still order events
+    variants = _codes(raw.variants, sorted(set(raw.variants))) if raw.variants else items
     steps = []
 
     def count(step, keep=slice(None)):
-        nonlocal users, items, times
-        users, items, times = users[keep], items[keep], times[keep]
+        nonlocal users, items, times, variants
+        users, items, times, variants = users[keep], items[keep], times[keep], variants[keep]
         steps.append({"step": step, "users": len(np.unique(users)), "items": len(np.unique(items)),
                       "interactions": len(users)})
 
@@ -96,7 +106,7 @@ def build(raw: Raw, out: Path, about: dict):
     if raw.need_catalog:
         count("items without metadata dropped", np.array([k in raw.catalog for k in item_keys])[items])
     if raw.clock != "order":
-        count("exact duplicates dropped", _first(users, items, times))
+        count("exact duplicates dropped", _first(users, variants, times))
     if raw.core > 1:
         count(f"{raw.core}-core", k_core(users, items, raw.core))
     if not len(users):
@@ -128,11 +138,12 @@ def build(raw: Raw, out: Path, about: dict):
             with atomic(tmp / f"{stem}.npz", "wb") as f:
                 np.savez(f, **arrays)
         for modality, (encoder, rows) in raw.features.items():
-            rows = np.concatenate([np.zeros((1, rows.shape[1]), np.float32), rows[kept_items]])
-            write_features(tmp, modality, encoder, {modality: rows, f"has_{modality}": rows.any(1)}, keys,
+            rows = rows[kept_items]
+            write_features(tmp, modality, encoder, rows, np.arange(1, len(rows) + 1)[:, None], keys,
                            {"weights": "given with the data"})
         write_json(tmp / "source.json", about | {
-            "clock": raw.clock, "image_root": raw.image_root, "core": raw.core, "items_sha256": keys_sha256(keys),
+            "clock": raw.clock, "image_root": raw.image_root,
+            "picture_hosts": raw.picture_hosts, "core": raw.core, "items_sha256": keys_sha256(keys),
             "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]), "report": raw.report,
             "features": {modality: encoder for modality, (encoder, _) in raw.features.items()}, "counts": steps,
             "published": raw.published})

@@ -25,6 +25,7 @@ from .download import download
 
 MAX_BAD = 0.01                           # share of unusable lines above which a file is refused
 MAX_IMAGES = 10
+HOSTS = ("images-amazon.com", "ssl-images-amazon.com", "media-amazon.com")     # of pictures, with their subdomains
 MAX_LINE = 1 << 22                       # bytes; a longer line is read in pieces, so that no line fills the memory
 YEAR_1995, YEAR_2100 = 788_918_400, 4_102_444_800      # seconds; the first review is from 1995
 
@@ -103,7 +104,8 @@ def read(folder, name) -> Raw:
         catalog, report[metadata.name] = _read_metadata(metadata, set(items))
     report |= {"items_without_metadata": len(set(items) - catalog.keys()), "ignored_files": ignored}
     return Raw(users, items, times, catalog, report=report, clock=clock, core=5 if name else 0,
-               need_catalog=name is not None, published=dict(zip(("users", "items", "interactions", "source"), SETS.get(name, ())[2:])))
+               need_catalog=name is not None, picture_hosts=HOSTS,
+               published=dict(zip(("users", "items", "interactions", "source"), SETS.get(name, ())[2:])))
 
 
 # Which files

@@ -2,6 +2,8 @@
 
 A source (one file in this folder) turns raw files into a `Raw`; `sources.prepare` turns a `Raw` into `data/<name>/`.
 """
+import csv
+import gzip
 import hashlib
 import html
 import json
@@ -10,8 +12,11 @@ import re
 import sys
 import tempfile
 import unicodedata
+import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +45,8 @@ class Raw:
     features: dict = field(default_factory=dict) # modality -> (encoder, float32 (len(item_order), D)), zero row = missing
     published: dict = field(default_factory=dict)  # what a paper prints: {"users", "items", "interactions", "source"}
     image_root: str = ""                         # where picture paths start: absolute, or from the processed folder
+    variants: list = None                        # parallel to items: an exact duplicate must share these as well
+    picture_hosts: tuple = None                  # hosts that pictures may be fetched from; None = any public one
     extra: dict = field(default_factory=dict)    # file name -> {name: array}, saved as .npz (the demo's oracle)
 
 
@@ -58,7 +65,8 @@ def clean_text(value) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(filter(None, map(clean_text, value)))
     text = TAG.sub(" ", html.unescape(html.unescape(str(value))))
-    text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)   # control, lone surrogates
+    if not text.isprintable():           # control characters, lone surrogates
+        text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -81,6 +89,44 @@ def k_core(users, items, k):
             break
         keep &= ~drop
     return keep
+
+
+def placed(folder, table):
+    """The file in the folder that holds a table, compressed or not; else None."""
+    return next((path for path in (folder / table, folder / f"{table}.gz") if path.is_file()), None)
+
+
+def each_row(path, columns, take, optional=()) -> dict:
+    """Hand the named columns of each line to `take`, which returns None or the defect that makes the line unusable.
+
+    Returns counts. An optional column that the table does not have is "" in every line. Raises UserError for a column
+    that is missing, a damaged file, quotes that do not close, or more than 1 % unusable lines.
+    """
+    lines, bad, first_bad = 0, Counter(), None
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+            rows = csv.reader(file, strict=True)         # else a stray quote swallows the lines up to the next one
+            header = [name.strip().lower() for name in next(rows, [])]
+            if missing := [name for name in columns if name not in header]:
+                raise UserError(f"{path} must begin with a line that names the columns {', '.join(columns)}, but "
+                                f"{', '.join(missing)} is not there: put a complete copy in its place")
+            pick = itemgetter(*(header.index(name) if name in header else -1 for name in (*columns, *optional)))
+            for row in filter(None, rows):
+                lines += 1
+                row.append("")                           # what position -1, a column that is not there, reads
+                if defect := take(*pick(row)) if len(row) > len(header) else "columns_missing":
+                    bad[defect] += 1
+                    first_bad = first_bad or rows.line_num
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num} is not CSV ({error}): correct that line") from None
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read to its end ({error}): put a complete copy in its place") from None
+    if bad.total() * 100 > lines:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in bad.items())
+        raise UserError(f"{path}: {bad.total()} of {lines} lines cannot be used ({kinds}), the first is line "
+                        f"{first_bad}: correct the file or put a complete copy in its place")
+    return {"lines": lines, "bad_lines": dict(bad)} | ({"first_bad_line": first_bad} if bad else {})
 
 
 @contextmanager
@@ -134,18 +180,23 @@ def keys_sha256(keys) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
-def write_features(folder, modality, encoder, tensors, keys, about):
+def write_features(folder, modality, encoder, vectors, index, keys, about):
     """Write `features/<modality>-<encoder>.safetensors` and, beside it, the json that says what it is.
 
-    tensors: name -> array of N+1 rows; names are catalog keys (text, has_text, sentences, sentences_mask, ...).
+    vectors: (V, D) of the distinct sentences or pictures; a zero row means that there is none.
+    index: (N, S) of each item's vectors, 1 + row of `vectors`, 0 = none; S is 1 where an item has one vector.
     keys: item keys in id order (N). about: what else fixes the numbers (weights, backend, template, versions).
+    In the file both have a row 0, of zeros: the vectors' for "none", the index' for the padding item.
     """
     path = feature_path(folder, modality, encoder)
+    vectors = np.pad(np.asarray(vectors, np.float32), ((1, 0), (0, 0)))
+    index = np.where(vectors.any(1)[index], index, 0)
+    tensors = {"vectors": vectors, "index": np.pad(index, ((1, 0), (0, 0))).astype(np.int32)}
     with atomic(path, "wb") as f:
-        f.write(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
-    write_json(path.with_suffix(".json"), {"modality": modality, "encoder": encoder, "items": len(keys),
-                                           "items_sha256": keys_sha256(keys),
-                                           "shapes": {k: list(v.shape) for k, v in tensors.items()}, **about})
+        f.write(safetensors.numpy.save(tensors))
+    write_json(path.with_suffix(".json"), {
+        "modality": modality, "encoder": encoder, "items": len(keys), "items_with": int(index.any(1).sum()),
+        "items_sha256": keys_sha256(keys), "shapes": {k: list(v.shape) for k, v in tensors.items()}, **about})
 
 
 def save_tensors(path, tensors, about=None):

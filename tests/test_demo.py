@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract_features import hash_text, pixels
+from encoders import hash_text, pixels
 from sources import demo
 
 SMALL = demo.World("small", seed=7, n_users=300, n_items=120)

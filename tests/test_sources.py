@@ -197,8 +197,8 @@ def test_unisrec_sequences_longer_than_the_cut_are_whole_again(tmp_path, descend
     assert titles[0] == "Thing 0 & co." and titles[n - 1] == ""
     from safetensors.numpy import load_file
     saved = load_file(out / "features" / "image-feat3cls.safetensors")
-    assert np.array_equal(saved["image"][1:], image) and not saved["image"][0].any()
-    assert saved["has_image"].tolist() == [False] + [i != 3 for i in range(n)]
+    assert np.array_equal(saved["vectors"][saved["index"][1:, 0]], image) and not saved["vectors"][0].any()
+    assert (saved["index"][:, 0] != 0).tolist() == [False] + [i != 3 for i in range(n)]      # a zero row: no picture
 
 
 @pytest.mark.parametrize("damage, sentence", [

@@ -17,7 +17,8 @@ import train
 from sources import common
 from sources.common import UserError
 
-SMALL = ("--dim", 16, "--epochs", 4, "--batch_size", 16)
+CONTENT = ("--text", "hash", "--image", "pixels")
+SMALL = (*CONTENT, "--dim", 16, "--epochs", 4, "--batch_size", 16)
 
 TOY = '''
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def kill_in_epoch(command, folder, epochs, cwd):
                                              ("toy.py", (("--pretrain_epochs", 1),))])
 def test_killed_and_resumed_is_the_same_to_the_bit(shop, tmp_path, model, settings):
     (tmp_path / "toy.py").write_text(TOY)
-    args = ["--model", model, "--data", "shop", "--epochs", 12, "--patience", 12, "--dim", 8, "--batch_size", 4,
+    args = ["--model", model, "--data", "shop", "--epochs", 12, "--patience", 12, "--dim", 8, "--batch_size", 4, *CONTENT,
             *(x for pair in settings for x in pair)]
     run("train.py", *args, "--out", "whole", cwd=tmp_path)
     folder = lambda out: tmp_path / out / f"{Path(model).stem}-shop-0"
@@ -242,7 +243,7 @@ def test_resume_refuses_other_settings(shop, tmp_path):
     (("--model", "sasrec", "--data", "shop", "--batch_size", "0"), "--batch_size 0"),
     (("--model", "sasrec", "--data", "shop", "--seed", "-1"), "--seed"),
     (("--model", "sasrec", "--data", "shop", "--out", "/proc/nowhere"), "error: "),
-    (("--model", "mdsrec", "--data", "shop", "--neighbors", "-1"), "neighbors must be"),
+    (("--model", "mdsrec", "--data", "shop", *CONTENT, "--neighbors", "-1"), "neighbors must be"),
     (("--model", "sasrec", "--data", "three"), "no training rows")])
 def test_bad_input_is_one_sentence_and_exit_code_2(shop, tmp_path, args, sentence):
     (tmp_path / "three").mkdir()
