@@ -95,7 +95,7 @@ class SoftmaxLoss(torch.autograd.Function):
     def forward(ctx, states, items, target):
         loss = torch.zeros((), device=states.device, dtype=torch.promote_types(states.dtype, torch.float32))
         d_states, d_items = torch.zeros_like(states), torch.zeros_like(items)
-        chunk = max(1, 2 ** (26 if states.is_cuda else 21) // len(items))
+        chunk = max(64, 2 ** (26 if states.is_cuda else 21) // len(items))
         for first in range(0, len(states), chunk):
             rows = slice(first, first + chunk)
             logits = (states[rows] @ items.T).to(loss.dtype)                       # (chunk, N+1)

@@ -209,13 +209,14 @@ def test_settings_that_make_no_sense_are_refused(settings):
 @pytest.mark.parametrize("file", ["mdsrec", "sasrec"])
 def test_softmax_loss_and_its_gradient(file):
     loss = load_model_file(file).SoftmaxLoss.apply
-    states, items = torch.randn(7, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
-    target = torch.randint(1, 11, (7,))
-    plain = lambda s, e: F.cross_entropy((s @ e.T)[:, 1:], target - 1)
-    torch.testing.assert_close(loss(states, items, target), plain(states, items))
-    for a, b in zip(torch.autograd.grad(3 * loss(states, items, target), (states, items)),
-                    torch.autograd.grad(3 * plain(states, items), (states, items))):
-        torch.testing.assert_close(a, b)
+    for n_rows, n_items in ((150, 40_000), (7, 11)):             # three chunks of rows, and one
+        states, items = torch.randn(n_rows, 4, requires_grad=True), torch.randn(n_items, 4, requires_grad=True)
+        target = torch.randint(1, n_items, (n_rows,))
+        plain = lambda s, e: F.cross_entropy((s @ e.T)[:, 1:], target - 1)
+        torch.testing.assert_close(loss(states, items, target), plain(states, items))
+        for a, b in zip(torch.autograd.grad(3 * loss(states, items, target), (states, items)),
+                        torch.autograd.grad(3 * plain(states, items), (states, items))):
+            torch.testing.assert_close(a, b)
     assert torch.autograd.gradcheck(lambda s, e: loss(s, e, target), (states, items))
 
 
