@@ -2,16 +2,21 @@
 
     python bench.py --data $DATA/beauty                                  (any data set; the default is demo)
     python bench.py --data $DATA/beauty --text path/to/sentence-bert     (the same, and the encoding of its sentences)
+    python bench.py --items 500000                                       (memory and time on a made-up catalog)
 
 Only the ratios mean something on another machine. Nothing here is asserted by a test.
 """
 import argparse
+import resource
 import time
+from itertools import islice
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data as datasets
 import train
@@ -77,6 +82,72 @@ def training(data, device):
     return {"ours: a whole epoch of train.py": ours,
             "padded to 50, softmax of rows with a target": padded(False),
             "padded to 50, softmax of all rows": padded(True)}
+
+
+def srmml(data, device):
+    """SRMML on built-in features: {name: function that returns targets per second}. All encode the catalog once a step."""
+    module = train.load_model_file("srmml")
+    catalog = train.build_catalog(module, data, "hash", "pixels", device)
+    rows, cfg = data.training_rows("sequences", 50, device), module.Config()
+    users = np.random.default_rng(0).permutation(rows.users)
+
+    def start():
+        model = train.build(module.Model, cfg, catalog, device, 0)
+        return model, train.optimizer_of(model, cfg, cfg.lr), time.perf_counter()
+
+    def ours():
+        model, optimizer, begin = start()
+        train.train_epoch(model, model, optimizer, rows, cfg.batch_size, np.random.default_rng(0), 5., device, "epoch")
+        return rows.lengths.sum() / elapsed(begin, device)
+
+    def usual(distance, steps, chunk):
+        def loss_of(states, places, scale, target):
+            return F.cross_entropy(-scale * distance(states, places)[:, 1:], target - 1, reduction="sum")
+
+        def run():
+            products, module.wasserstein = module.wasserstein, distance
+            model, optimizer, begin = start()
+            done = 0
+            for seq, target in islice(padded_batches(users, 50, cfg.batch_size, data.train_seqs.__getitem__), steps):
+                seq, target = seq.to(device), target.to(device).flatten()
+                table = model.encode_items()
+                states, target = model.states(seq, table).flatten(0, 1)[target != 0], target[target != 0]
+                loss = sum(checkpoint(loss_of, s, table["point"], model.log_scale.exp(), t, use_reentrant=False)
+                           for s, t in zip(states.split(chunk), target.split(chunk))) / len(target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                done += len(target)
+            module.wasserstein = products
+            return done / elapsed(begin, device)
+        return run
+
+    broadcast = lambda a, b: (a[..., :, None, :] - b[..., None, :, :]).square().sum(-1)
+    return {"ours: a whole epoch of train.py": ours,
+            "padded to 50, plain logits, distances as products": usual(module.wasserstein, 8, 256),
+            "padded to 50, plain logits, distances by subtraction": usual(broadcast, 1, 16)}
+
+
+def large(n_items, device):
+    """One training step and one evaluation of SRMML on a made-up catalog, with the memory they took."""
+    module, rng = train.load_model_file("srmml"), np.random.default_rng(0)
+    flat, offsets = rng.integers(1, n_items + 1, 256 * 12), np.arange(257) * 12
+    data = datasets.Data(Path("."), {"name": "made"}, flat, offsets, np.zeros_like(flat), n_items, "leave_one_out")
+    has, random = torch.arange(n_items + 1) > 0, torch.Generator().manual_seed(0)
+    features = {m: torch.randn(n_items + 1, 64, generator=random) * has[:, None] for m in ("text", "image")}
+    catalog = features | {"n_items": n_items, "has_text": has, "has_image": has, "lang": has.long(), "train_seqs": data.train_seqs}
+    model = train.build(module.Model, module.Config(), catalog, device, 0)
+    optimizer, rows = train.optimizer_of(model, model.cfg, 1e-3), data.training_rows("sequences", 50, device)
+    print(f"\nSRMML, {n_items} items, {sum(p.numel() for p in model.parameters()) * 4 / 1e9:.2f} GB of weights")
+    for name, work in (
+            (f"one training step of {len(rows)} rows, {rows.lengths.sum()} targets", lambda: train.train_epoch(
+                model, model, optimizer, rows, len(rows), rng, 5., device, "step")),
+            ("evaluation of 256 users", lambda: ranks_of(model.eval(), data.evaluated_rows("test", 50, device), device))):
+        begin = time.perf_counter()
+        work()
+        peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(f"  {name:<52}{elapsed(begin, device):>10.1f} s, peak so far {peak / 1e9:.1f} GB", flush=True)
 
 
 def evaluation(data, device):
@@ -160,14 +231,18 @@ def main():
     parser.add_argument("--data", default="demo", help="data set to measure on (default: demo)")
     parser.add_argument("--text", help="a Hugging Face text model: measures the encoding of the data set's sentences, too")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--items", type=int, help="instead: memory and time of SRMML on a made-up catalog of so many items")
     parser.add_argument("--repeats", type=int, default=3, help="how often each contestant runs (default: 3)")
     args = parser.parse_args()
     device = train.pick_device(args.device)
+    if args.items:
+        return large(args.items, device)
     data = datasets.load(args.data)
     print(f"{data.name}: {data.n_users} users, {data.n_items} items, {len(data.flat)} interactions; torch "
           f"{torch.__version__}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
           f"{torch.get_num_threads()} threads")
     compare("SASRec training, full softmax", "targets/s", training(data, device), args.repeats)
+    compare("SRMML training, full softmax", "targets/s", srmml(data, device), args.repeats)
     if args.text:
         compare(f"encoding with {args.text}", "sentences/s", encoding(data, args.text, device), args.repeats)
     compare("evaluation, full ranking, plain and masked", "users/s", evaluation(data, device), args.repeats)
