@@ -34,12 +34,16 @@ class Data:
     times: np.ndarray                    # (n_interactions,) int64
     n_items: int
     split: str
+    train_share: float = 1.0             # share of the users whose training parts are used; all users are evaluated
     train_end: np.ndarray = field(init=False)   # (n_users,) where each user's training part ends in `flat`
     targets: dict = field(init=False)           # "valid", "test" -> (n_users,) place of the target in `flat`, -1 = none
 
     def __post_init__(self):
         self.train_end, valid, test = SPLITS[self.split](self)
         self.targets = {"valid": valid, "test": test}
+        if self.train_share < 1:         # the same users for every model and seed
+            others = np.random.default_rng(0).permutation(self.n_users)[max(1, round(self.n_users * self.train_share)):]
+            self.train_end[others] = self.offsets[others]
         self.rows = {}                   # evaluated rows already on a device
 
     @property
@@ -225,8 +229,48 @@ def _temporal(data):
 SPLITS = {"leave_one_out": _leave_one_out, "temporal": _temporal}
 
 
-def load(where, root="data", split="leave_one_out", core=None, mirror=None, by=None) -> Data:
+def training_parts(sets, warm=False) -> Data:
+    """The training parts of one or several data sets as one that is nothing but training, for pre-training.
+
+    Item ids of the second set follow those of the first. warm: without the items that are cold in their set.
+    """
+    flat, lengths, n_items = [], [], 0
+    for data in sets:
+        keep = np.arange(len(data.flat)) < np.repeat(data.train_end, np.diff(data.offsets))
+        if warm:
+            keep &= data.train_counts[data.flat] >= COLD
+        flat.append(data.flat[keep] + n_items)
+        lengths.append(np.add.reduceat(keep, data.offsets[:-1]))
+        n_items += data.n_items
+    flat, lengths = np.concatenate(flat), np.concatenate(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
+    about = {"name": "+".join(data.name for data in sets)}
+    joined = Data(sets[0].folder, about, flat, offsets, np.zeros_like(flat), n_items, "leave_one_out")
+    joined.train_end, joined.targets = offsets[1:].copy(), {}
+    return joined
+
+
+def join_catalogs(catalogs, joined) -> dict:
+    """Catalogs of the sets that training_parts joined, as one. Raises UserError for features of different widths."""
+    def below(key, parts):
+        if isinstance(parts[0], list):
+            return [*parts[0], *(row for part in parts[1:] for row in part[1:])]
+        if parts[0].is_floating_point() and len({part.shape[-1] for part in parts}) > 1:
+            raise UserError(f"the features {key} of {joined.name} differ in width: give one --text and one --image encoder "
+                            f"for all data sets")
+        if parts[0].dim() == 3 or key.endswith("_mask"):         # stacks are filled up to the highest
+            high = max(part.shape[1] for part in parts)
+            parts = [torch.cat([p, p.new_zeros(len(p), high - p.shape[1], *p.shape[2:])], 1) for p in parts]
+        return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
+
+    made = {"n_items": joined.n_items, "train_seqs": joined.train_seqs}
+    return {key: made[key] if key in made else below(key, [c[key] for c in catalogs]) for key in catalogs[0]}
+
+
+def load(where, root="data", split="leave_one_out", core=None, mirror=None, by=None, train_share=1.0) -> Data:
     """Known name, folder of raw files or processed folder -> Data; prepares what is not prepared yet. Raises UserError."""
+    if not 0 < train_share <= 1:
+        raise UserError(f"--train_share {train_share} must be above 0 and at most 1")
     folder = prepare(where, root, core, mirror, by)
     about = read_json(folder / "source.json")
     try:
@@ -239,7 +283,7 @@ def load(where, root="data", split="leave_one_out", core=None, mirror=None, by=N
     except Exception as e:               # a truncated or foreign .npz can raise almost anything
         raise UserError(f"{folder / 'sequences.npz'} cannot be read ({type(e).__name__} {e}): remove the folder "
                         f"{folder} and run the same command again") from None
-    return Data(folder, about, flat, offsets, times, n_items, split)
+    return Data(folder, about, flat, offsets, times, n_items, split, train_share)
 
 
 def statistics(data) -> dict:
@@ -270,11 +314,13 @@ def add_arguments(parser, data="--data"):
     parser.add_argument("--core", type=int, help="k-core on users and items (default: the source's own)")
     parser.add_argument("--by", choices=BY, help="what an item is, where the source has a choice (H&M: article)")
     parser.add_argument("--mirror", help="base URL to download a known data set from")
+    parser.add_argument("--train_share", type=float, default=1.0, help="train on this share of the users; all are evaluated")
 
 
 def load_for(args) -> Data:
     """`load` with what add_arguments brought."""
-    return load(args.data, split=args.split, core=args.core, mirror=args.mirror, by=args.by)
+    return load(args.data, split=args.split, core=args.core, mirror=args.mirror, by=args.by,
+                train_share=args.train_share)
 
 
 def main():

@@ -69,6 +69,9 @@ def common_arguments():
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--clip_norm", type=float, default=5.0, help="largest gradient norm (default: 5)")
+    add("--pretrain-data", help="pre-train on other data sets than --data, one or several: A,B")
+    add("--cold_start", action="store_true", help="pre-train without cold items; --use_id false makes it the whole setting")
+    add("--init", help="start from the pre-trained weights of another run's folder, instead of pre-training")
     add("--out", default="runs", help="folder for run folders (default: runs)")
     add("--resume", action="store_true", help="go on where the same command was interrupted")
     return parser
@@ -146,6 +149,18 @@ def build_catalog(module, data, text, image, device):
     return catalog
 
 
+def pretraining(args, module, data, catalog, device):
+    """(data, catalog) of the pre-training stage: those of the run, unless --pretrain-data or --cold_start say otherwise."""
+    sets, catalogs = [data], [catalog]
+    if args.pretrain_data:
+        sets = [datasets.load(name, split=args.split) for name in args.pretrain_data.split(",")]
+        catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]
+    elif not args.cold_start:
+        return data, catalog
+    joined = datasets.training_parts(sets, args.cold_start)
+    return joined, datasets.join_catalogs(catalogs, joined)
+
+
 def build(model_class, cfg, catalog, device, seed):
     """Seeded weights on the device. A setting the model refuses (ValueError) is the user's to mend: UserError."""
     seed_everything(seed)
@@ -178,7 +193,7 @@ def open_run(run, device=None):
         raise UserError(f"{run} holds no finished run (no model.safetensors): give a folder that train.py made")
     settings = read_json(run / "config.json")
     module, device = load_model_file(settings["model_file"]), pick_device(device)
-    data = datasets.load(settings["data"], split=settings["split"])
+    data = datasets.load(settings["data"], split=settings["split"], train_share=settings["train_share"])
     if data.about["sequences_sha256"] != settings["sequences_sha256"]:
         raise UserError(f"{run} was trained on other data than {data.folder} holds now: train it again")
     try:
@@ -361,16 +376,24 @@ def stages_of(module, cfg):
                           epochs=cfg.epochs, lr=cfg.lr, validate=True)
 
 
-def train(args, module, cfg, data, catalog, device, run):
-    """All stages of one seed; leaves the best weights in `run` and in the model returned with the progress."""
+def train(args, module, cfg, data, catalog, first, device, run):
+    """All stages of one seed; leaves the best weights in `run` and in the model returned with the progress.
+
+    first: (data, catalog) of the pre-training stage.
+    """
     tensors, progress = load_tensors(run / "state.safetensors") if (run / "state.safetensors").is_file() else ({}, None)
     _cut_log(run / "log.jsonl", progress)
-    pretrained = None
+    pretrained = load_pretrained(module, args.init)
     for stage in stages_of(module, cfg):
-        model = build(stage.model, cfg, catalog, device, args.seed)
+        if stage.name == "pretrain" and args.init:
+            continue
+        model = build(stage.model, cfg, catalog if stage.validate else first[1], device, args.seed)
         weights = run / ("model.safetensors" if stage.validate else "pretrain.safetensors")
         if pretrained is not None:
-            model.init_from(pretrained)
+            try:
+                model.init_from(pretrained)
+            except ValueError as e:
+                raise UserError(f"{args.init or weights} does not fit {args.model} on {data.name}: {e}") from None
         if not any(p.requires_grad for p in model.parameters()):       # a floor: nothing to train
             save_tensors(weights, model.state_dict())
             return model, {"stage": stage.name, "epoch": 0, "best_epoch": 0, "seconds": 0.0}
@@ -378,12 +401,24 @@ def train(args, module, cfg, data, catalog, device, run):
             pretrained = load_tensors(weights)[0]                      # this stage was finished before the interruption
             continue
         resume = (tensors, progress) if progress and progress["stage"] == stage.name else None
-        done = train_stage(model, stage, cfg, data, args, device, run, resume)
+        done = train_stage(model, stage, cfg, data if stage.validate else first[0], args, device, run, resume)
         if not stage.validate:
             pretrained = {k: v.detach().clone() for k, v in model.state_dict().items()}
             save_tensors(weights, pretrained)
     load_weights(model, weights)
     return model, done
+
+
+def load_pretrained(module, run):
+    """Pre-trained weights of a run's folder (None: none), its pre-training stage's or, without one, its best. UserError."""
+    if run is None:
+        return None
+    if not hasattr(module.Model, "init_from"):
+        raise UserError("--init means nothing for this model: it has no init_from")
+    path = next((p for p in (Path(run) / "pretrain.safetensors", Path(run) / "model.safetensors") if p.is_file()), None)
+    if path is None:
+        raise UserError(f"--init {run} holds no weights: give the folder of a run that is finished")
+    return load_tensors(path)[0]
 
 
 def _cut_log(path, progress):
@@ -402,19 +437,20 @@ def _cut_log(path, progress):
 
 # ---------------------------------------------------------------- one run, several runs
 
-def run_seed(args, module, cfg, data, catalog, device):
+def run_seed(args, module, cfg, data, catalog, first, device):
     """Train and test one seed. Returns (run folder, what was written to its metrics.json)."""
     run = Path(args.out) / f"{args.model}-{data.name}-{args.seed}"
     settings = {"model": args.model, "model_file": args.model_file, "data": str(data.folder.resolve()),
                 "seed": args.seed, "split": args.split, "text": args.text, "image": args.image,
-                "mask_history": args.mask_history, "clip_norm": args.clip_norm, "config": dataclasses.asdict(cfg),
+                "mask_history": args.mask_history, "clip_norm": args.clip_norm, "train_share": args.train_share,
+                "pretrain_data": args.pretrain_data, "cold_start": args.cold_start, "init": args.init, "config": dataclasses.asdict(cfg),
                 "sequences_sha256": data.about["sequences_sha256"]}
     open_folder(run, settings, args.resume)
     if args.resume and (run / "metrics.json").is_file():
         print(f"{run} is finished")
         return run, read_json(run / "metrics.json")
     begin = time.perf_counter()
-    model, done = train(args, module, cfg, data, catalog, device, run)
+    model, done = train(args, module, cfg, data, catalog, first, device, run)
     valid, test = (evaluation.evaluate(model, data, cfg, split, device) for split in ("valid", "test"))
     with atomic(run / "ranks-test.npy", "wb") as f:
         np.save(f, test["ranks"])
@@ -455,9 +491,10 @@ def main():
     data = datasets.load_for(args)
     cfg = configure(module, args, data.name)
     catalog = build_catalog(module, data, args.text, args.image, device)
+    first = pretraining(args, module, data, catalog, device)
     results = []
     for args.seed in seeds:
-        run, result = run_seed(args, module, cfg, data, catalog, device)
+        run, result = run_seed(args, module, cfg, data, catalog, first, device)
         results.append(result)
         print(f"\n{evaluation.table(f'{args.model} on {data.name}', [result])}\n"
               f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s, "

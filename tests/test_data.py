@@ -150,3 +150,41 @@ def test_beauty_has_the_published_counts(real, tmp_path):
 def test_scientific_has_the_published_counts(real, tmp_path):
     data = datasets.load(real("scientific"), root=tmp_path)
     assert (data.n_users, data.n_items, len(data.flat)) == (8_442, 4_385, 59_427)
+
+
+def test_training_parts_of_several_sets_are_one(tmp_path):
+    sets = [datasets.load(write_shop(tmp_path / name, seed=n, items=40 + n), root=tmp_path / "data") for n, name in enumerate("ab")]
+    joined = datasets.training_parts(sets)
+    want = [seq for seq in sets[0].train_seqs if seq] + [[40 + i for i in seq] for seq in sets[1].train_seqs if seq]
+    assert joined.train_seqs == want and joined.n_items == 81 and not joined.targets
+    rows = joined.training_rows("sequences", 50)
+    assert rows.lengths.sum() == sum(len(seq) - 1 for seq in want)
+    counts = np.concatenate([sets[0].train_counts, sets[1].train_counts[1:]])
+    warm = datasets.training_parts(sets, warm=True)
+    assert sorted(warm.train_seqs) == sorted(kept for seq in want if (kept := [i for i in seq if counts[i] >= datasets.COLD]))
+    assert 0 < warm.train_counts.sum() < joined.train_counts.sum()
+
+
+def test_joined_catalogs(tmp_path):
+    sets = [datasets.load(write_shop(tmp_path / name, seed=n, items=20 + n), root=tmp_path / "data") for n, name in enumerate("ab")]
+    joined = datasets.training_parts(sets)
+    make = lambda n, high, width: {
+        "n_items": n, "train_seqs": [], "sentences": torch.rand(n + 1, high, width), "titles": ["", *map(str, range(n))],
+        "sentences_mask": torch.ones(n + 1, high, dtype=torch.bool), "text": torch.rand(n + 1, width), "lang": torch.arange(n + 1)}
+    a, b = make(20, 2, 4), make(21, 3, 4)
+    whole = datasets.join_catalogs([a, b], joined)
+    assert whole["n_items"] == 41 and whole["train_seqs"] == joined.train_seqs and len(whole["titles"]) == 42
+    assert whole["sentences"].shape == (42, 3, 4) and torch.equal(whole["sentences"][21:], b["sentences"][1:])
+    assert torch.equal(whole["sentences"][:21, :2], a["sentences"]) and not whole["sentences_mask"][:21, 2].any()
+    assert torch.equal(whole["text"], torch.cat([a["text"], b["text"][1:]])) and whole["lang"].shape == (42,)
+    with pytest.raises(UserError, match="differ in width"):
+        datasets.join_catalogs([a, make(21, 2, 5)], joined)
+
+
+def test_a_share_of_the_users_trains_and_all_are_evaluated(shop, tmp_path):
+    whole, part = (datasets.load(shop, root=tmp_path / "data", train_share=share) for share in (1, .25))
+    assert sum(map(bool, part.train_seqs)) == round(.25 * whole.n_users)
+    assert all(not few or few == seq for few, seq in zip(part.train_seqs, whole.train_seqs))
+    assert part.train_counts.sum() == sum(map(len, part.train_seqs))
+    for split in ("valid", "test"):
+        assert part.targets[split].tolist() == whole.targets[split].tolist()

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, write_shop
 
+import data as datasets
 import train
 from sources import common
 from sources.common import UserError
@@ -257,6 +258,51 @@ def test_help_shows_every_setting_with_its_default(tmp_path):
     printed = " ".join(run("train.py", "--model", "mdsrec", "--help", cwd=tmp_path).stdout.split())
     assert "--neighbors" in printed and "H = 10 in general" in printed and "(default: 16.0)" in printed
     assert "--mask_history" in printed and "sasrec" in run("train.py", "--help", cwd=tmp_path).stdout
+
+
+PRETRAIN = ("--model", "msm4sr", *SMALL, "--pretrain_epochs", 2, "--layers", 1)
+
+
+def test_pre_training_on_other_sets_and_starting_from_its_weights(shop, tmp_path):
+    write_shop(tmp_path / "a", seed=1, items=20), write_shop(tmp_path / "b", seed=2, items=25)
+    run("train.py", *PRETRAIN, "--data", "shop", "--pretrain-data", "a,b", "--out", "first", cwd=tmp_path)
+    run("train.py", *PRETRAIN, "--data", "shop", "--init", "first/msm4sr-shop-0", "--out", "second", cwd=tmp_path)
+    run("train.py", *PRETRAIN, "--data", "shop", "--out", "own", cwd=tmp_path)
+    weights = lambda out: (tmp_path / out / "msm4sr-shop-0" / "model.safetensors").read_bytes()
+    assert weights("first") == weights("second") != weights("own")       # the second stage by itself is the same to the bit
+    assert not (tmp_path / "second" / "msm4sr-shop-0" / "pretrain.safetensors").exists()
+    stages = [json.loads(line)["stage"] for line in open(tmp_path / "second" / "msm4sr-shop-0" / "log.jsonl")]
+    assert set(stages) == {"train"}
+
+
+def test_cold_start_pre_trains_without_cold_items(shop, tmp_path, monkeypatch):
+    seen = []
+
+    def epoch(model, forward, optimizer, rows, *args):
+        seen.append(set(rows.flat.tolist()))
+        return train_epoch(model, forward, optimizer, rows, *args)
+
+    train_epoch = train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", epoch)
+    run("train.py", *PRETRAIN, "--data", "shop", "--cold_start", "--use_id", "false", cwd=tmp_path)
+    data = datasets.load(tmp_path / "shop", root=tmp_path / "data")
+    cold = set(np.flatnonzero(data.train_counts < datasets.COLD)) - {0}
+    assert cold and not seen[0] & cold and seen[0] | cold == set(range(1, data.n_items + 1)) == seen[-1]
+    kept = train.load_tensors(tmp_path / "runs" / "msm4sr-shop-0" / "model.safetensors")[0]
+    assert not any("item" in key for key in kept)
+
+
+@pytest.mark.parametrize("args, sentence", [
+    (("--model", "msm4sr", "--init", "nowhere"), "--init nowhere holds no weights"),
+    (("--model", "sasrec", "--init", "nowhere"), "--init means nothing"),
+    ((*PRETRAIN, "--init", "narrow"), "does not fit msm4sr on shop"),
+    ((*PRETRAIN, "--train_share", "0"), "--train_share"),
+    ((*PRETRAIN, "--pretrain-data", "elsewhere"), "neither a folder nor a known data set")])
+def test_bad_pre_training_is_one_sentence(shop, tmp_path, args, sentence):
+    (tmp_path / "narrow").mkdir()
+    train.save_tensors(tmp_path / "narrow" / "pretrain.safetensors", {"x": torch.zeros(2)})
+    done = run("train.py", "--data", "shop", *CONTENT, *args, cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named():
