@@ -7,6 +7,11 @@ One target per user, so Recall@K = HR@K. Every number exists twice: over all ite
 the user's own history are left out of the ranking (the target itself never is).
 """
 import argparse
+import base64
+import contextlib
+import html
+import io
+import json
 import math
 from pathlib import Path
 
@@ -15,7 +20,8 @@ import torch
 
 from data import COLD
 from sources import demo
-from sources.common import UserError, command
+from sources.common import UserError, atomic, command
+from sources.pictures import BadPicture, open_picture
 
 KS = (5, 10, 20, 50)
 HISTORY = ((1, 4), (5, 9), (10, 19), (20, None))          # groups of history length
@@ -172,6 +178,84 @@ def demo_scale(data, label, result) -> str:
     return "\n".join([f"{'on the scale of the shop':<34}masked  recall@10    ndcg@10"] + [
         f"  {name:<40}{m['recall@10']:>9.4f}{m['ndcg@10']:>11.4f}"
         for name, m in sorted(scale.items(), key=lambda row: row[1]["ndcg@10"])])
+
+
+def report(run, label, model, data, cfg, result, device, users=8, seed=0):
+    """Write `run/report.html`: the numbers, the curves of the training, and what a few random test users got.
+
+    result: what metrics.json holds. One file without scripts or links; titles are escaped, pictures are drawn anew.
+    """
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
+    cells = lambda numbers: "".join(f"<td>{numbers[name]:.4f}" for name in names)
+    rows = [("all", result["users"], result["test"], result["test_masked"])]
+    rows += [(g, n["users"], n, result["groups_masked"][g]) for g, n in result["groups"].items()]
+    table = "".join(f"<tr><th>{html.escape(name)}<td>{n}{cells(plain)}{cells(masked)}" for name, n, plain, masked in rows)
+    curves = [_curve(f"{stage}: {term}", [line["losses"][term] for line in log if line["stage"] == stage])
+              for stage in dict.fromkeys(line["stage"] for line in log)
+              for term in next(line["losses"] for line in log if line["stage"] == stage)]
+    curves += [_curve("validation ndcg@10", [line["valid"]["ndcg@10"] for line in log if "valid" in line])]
+    page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(label)}</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse }} td, th {{ padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }}
+th:first-child {{ text-align: left; font-weight: normal; white-space: nowrap }} thead th {{ font-weight: bold }}
+svg {{ background: #f6f6f4; margin: .4em; border-radius: 4px }} polyline {{ fill: none; stroke: #2a62b8; stroke-width: 2 }}
+figure {{ display: inline-block; width: 76px; margin: .3em .2em; vertical-align: top; font-size: 10px; line-height: 1.25 }}
+figure img, figure span {{ display: block; width: 76px; height: 76px; object-fit: contain; background: #f6f6f4 }}
+.hit {{ outline: 3px solid #3a9a4a }} h3 {{ margin: .6em 0 0; font-size: 13px }}
+section {{ display: flex; flex-wrap: wrap; gap: 0 1.2em; border-bottom: 1px solid #ddd }}
+</style><h1>{html.escape(label)}</h1>
+<p>Best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s on {html.escape(result['device'])},
+{result['parameters']} weights. Test metrics, full ranking over {data.n_items} items; masked: without the user's history.</p>
+<table><thead><tr><th><th>users{''.join(f'<th>{n}' for n in names)}{''.join(f'<th>masked {n}' for n in names)}</thead>{table}
+</table><h2>Training</h2>{''.join(curves)}<h2>{users} test users, drawn at random</h2>
+{''.join(_examples(model, data, cfg, device, users, seed))}"""
+    with atomic(run / "report.html") as f:
+        f.write(page)
+
+
+def _curve(title, values, width=250, height=120):
+    """A line of numbers as a small SVG picture."""
+    values = [v for v in values if math.isfinite(v)]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    points = " ".join(f"{12 + i * (width - 24) / max(len(values) - 1, 1):.1f},"
+                      f"{height - 22 - (v - low) / ((high - low) or 1) * (height - 54):.1f}" for i, v in enumerate(values))
+    return (f'<svg width="{width}" height="{height}"><text x="12" y="18" font-size="12">{html.escape(title)}</text>'
+            f'<polyline points="{points}"/><text x="12" y="{height - 6}" font-size="10">{len(values)} epochs, from '
+            f'{values[0]:.4g} to {values[-1]:.4g}</text></svg>')
+
+
+@torch.no_grad()
+def _examples(model, data, cfg, device, users, seed):
+    """For some test users: the end of the history, the next item and its rank, the five items ranked first."""
+    rows = data.evaluated_rows("test", cfg.max_len, device)
+    index = torch.as_tensor(np.random.default_rng(seed).permutation(len(rows))[:users], device=device)
+    batch = rows.batch(index, int(rows.lengths[index.cpu()].max()))
+    target = rows.flat[rows.end[index]]
+    scores = model.eval().score({"user": batch["user"], "seq": batch["seq"]}, model.encode_items()).float()
+    ranks = rank_of_target(scores, target).tolist()
+    scores[:, 0] = -torch.inf
+    first = scores.topk(min(5, data.n_items)).indices
+    for seq, answer, rank, top in zip(batch["seq"].tolist(), target.tolist(), ranks, first.tolist()):
+        parts = (("the last of the history", [item for item in seq if item][-6:]), (f"then: rank {rank + 1}", [answer]),
+                 ("ranked first", top))
+        figures = lambda name, ids: "".join(_figure(data, i, name == "ranked first" and i == answer) for i in ids)
+        yield f"<section>{''.join(f'<div><h3>{name}</h3>{figures(name, ids)}</div>' for name, ids in parts)}</section>"
+
+
+def _figure(data, item, hit=False):
+    row = data.items[item]
+    picture, path = "<span></span>", data.image_path(row)
+    if path:
+        with contextlib.suppress(BadPicture):
+            image, buffer = open_picture(path), io.BytesIO()
+            image.thumbnail((168, 168))
+            image.save(buffer, "JPEG", quality=80)
+            picture = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    caption = html.escape((row["title"] or row["key"])[:70])
+    return f'<figure{" class=hit" if hit else ""}>{picture}<figcaption>{caption}</figcaption></figure>'
 
 
 def paired(a, b, k=10, draws=10_000, seed=0) -> dict:

@@ -3,7 +3,7 @@
 The command line is built from the fields of the model's Config (`--model mdsrec --help` shows each with its default);
 PRESETS of the model file change defaults per data set, flags change both. What a run leaves behind is in
 `runs/<model>-<data>-<seed>/`: config.json, log.jsonl, model.safetensors (best validation epoch), state.safetensors
-(last epoch, for --resume), ranks-test.npy (rank of the target, one per test user), metrics.json.
+(last epoch, for --resume), ranks-test.npy (rank of the target, one per test user), metrics.json, report.html.
 
 Each epoch draws its random numbers from (seed, stage, epoch) alone, so a resumed run has no generator state to restore.
 """
@@ -460,6 +460,7 @@ def run_seed(args, module, cfg, data, catalog, first, device):
               "seconds_training": done["seconds"], "seconds": time.perf_counter() - begin,
               "parameters": sum(p.numel() for p in model.parameters()), "device": str(device),
               "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
+    evaluation.report(run, f"{args.model} on {data.name}, seed {args.seed}", model, data, cfg, result, device)
     write_json(run / "metrics.json", result)
     return run, result
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run, write_shop
+from PIL import Image
 
 import data as datasets
 import train
@@ -303,6 +304,22 @@ def test_bad_pre_training_is_one_sentence(shop, tmp_path, args, sentence):
     train.save_tensors(tmp_path / "narrow" / "pretrain.safetensors", {"x": torch.zeros(2)})
     done = run("train.py", "--data", "shop", *CONTENT, *args, cwd=tmp_path, ok=False)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_report_page_holds_its_pictures_and_trusts_no_title(tmp_path):
+    shop = write_shop(tmp_path / "shop", items=6)
+    Image.new("RGB", (50, 40), "red").save(shop / "a.png")
+    (shop / "bad.jpg").write_text("no picture")
+    rows = [{"item": f"i{i}", "title": "<b onload=x>&" if i else "<script>alert(1)</script> a < b & c", "images": [("a.png", "bad.jpg")[i % 2]]}
+            for i in range(6)]
+    (shop / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, cwd=tmp_path)
+    page = (tmp_path / "runs" / "sasrec-shop-0" / "report.html").read_text()
+    numbers = metrics_of(tmp_path / "runs" / "sasrec-shop-0")
+    assert f"{numbers['test']['ndcg@10']:.4f}" in page and f"{numbers['test_masked']['recall@50']:.4f}" in page
+    assert page.count("<section>") == 8 and "data:image/jpeg;base64," in page and page.count("<polyline") == 2
+    assert "<script" not in page and "onload" not in page and "a &lt; b &amp; c" in page
+    assert not re.search(r"""(src|href)=["'](?!data:image/jpeg)|url\(|@import""", page)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named():
