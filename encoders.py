@@ -41,7 +41,7 @@ def open_encoder(modality, name, device, texts=()):
 
 
 class Pictures:
-    """Encodes pictures, opened ahead in threads. A kind has `prepare(PIL RGB) -> x`, `forward([x]) -> (n, D)` and `batch`."""
+    """Encodes pictures, opened ahead in threads. Kinds have `prepare(PIL RGB) -> x`, `forward([x]) -> (n, D)`, `batch`."""
 
     def encode(self, paths):
         def prepared(path):

@@ -152,6 +152,8 @@ def build_catalog(module, data, text, image, device):
 def pretraining(args, module, data, catalog, device):
     """(data, catalog) of the pre-training stage: those of the run, unless --pretrain-data or --cold_start say otherwise."""
     sets, catalogs = [data], [catalog]
+    if (args.pretrain_data or args.cold_start) and not hasattr(module, "Pretrain"):
+        raise UserError(f"{args.model} is not pre-trained: leave --pretrain-data and --cold_start out")
     if args.pretrain_data:
         sets = [datasets.load(name, split=args.split) for name in args.pretrain_data.split(",")]
         catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]
@@ -443,7 +445,8 @@ def run_seed(args, module, cfg, data, catalog, first, device):
     settings = {"model": args.model, "model_file": args.model_file, "data": str(data.folder.resolve()),
                 "seed": args.seed, "split": args.split, "text": args.text, "image": args.image,
                 "mask_history": args.mask_history, "clip_norm": args.clip_norm, "train_share": args.train_share,
-                "pretrain_data": args.pretrain_data, "cold_start": args.cold_start, "init": args.init, "config": dataclasses.asdict(cfg),
+                "pretrain_data": args.pretrain_data, "cold_start": args.cold_start, "init": args.init,
+                "config": dataclasses.asdict(cfg),
                 "sequences_sha256": data.about["sequences_sha256"]}
     open_folder(run, settings, args.resume)
     if args.resume and (run / "metrics.json").is_file():

@@ -25,7 +25,7 @@ Readings, where the paper is silent, misprinted or contradicts itself:
   S9, S22  E = LayerNorm(M + P), dropout, gate; ELU + 1 where a covariance is used, never 0: see `positive`.
   S10-S14  y = [language, statistics, M^mu without gradient], one gate for mean and covariance, per item. Statistics: log of
            1 + sales of the item, and of 1 + mean sales in its language; training part only, standardised. We see no gain
-           by it, nor harm: with six languages (demo, seed 0) NDCG@10 is .1176, without it .1187. e learns as much alone.
+           by it, nor harm: with six languages (demo, seed 0) NDCG@10 is .1165, without it .1187. e learns as much alone.
   S15, S19 eq 10 is only the attention that is replaced; queries are later positions t, keys are k <= t, itself included.
   S16-S17  eq 11 is the square of the distance; the cross term is sqrt(Sigma_k) sqrt(Sigma_t) (a root is lost in print).
            The square is no metric: the triangle inequality that the text claims holds for its root only.
