@@ -67,14 +67,14 @@ class Pictures:
 
 
 class HashedText:
-    about = {"weights": "built in"}
+    about = {"weights": "built in", "versions": {"numpy": version("numpy")}}
 
     def encode(self, texts):
         return hash_text(texts), {}, 0
 
 
 class Pixels(Pictures):
-    about = {"weights": "built in", "versions": {p: version(p) for p in ("numpy", "pillow")}}
+    about = {"weights": "built in", "backend": "pil", "versions": {p: version(p) for p in ("numpy", "pillow")}}
     batch = 64
 
     def prepare(self, picture):
@@ -144,7 +144,8 @@ class VisionModel(Pictures):
         self.model, self.device, self.batch = hugging_face(name, device), device, BATCH[device.type]
         self.processor = hugging_face_part("AutoImageProcessor", name, backend="pil")     # torchvision's differs in bits
         self.has_class = any(key.endswith("cls_token") for key, _ in self.model.named_parameters())
-        self.about = about_model(name, self.model, "transformers", "pillow", processor=self.processor.to_dict())
+        self.about = about_model(name, self.model, "transformers", "pillow", backend="pil",
+                                 processor=self.processor.to_dict())
 
     def prepare(self, picture):
         return self.processor(picture, return_tensors="pt")["pixel_values"][0]
@@ -279,7 +280,8 @@ def open_clip_model(name, device):
     except Exception as e:               # not installed, no such architecture or tag, no network, a foreign file
         raise UserError(f"the open_clip encoder {name} cannot be loaded ({reason_of(e)}): give architecture:tag, "
                         f"architecture:checkpoint file, or a built-in encoder ({' or '.join(BUILT_IN.values())})") from None
-    about = about_model(weights or name.partition(":")[2], model, "open_clip_torch", "pillow", preparation=str(prepare))
+    about = about_model(weights or name.partition(":")[2], model, "open_clip_torch", "pillow", backend="pil",
+                        preparation=str(prepare))
     return model.eval(), tokenizer, prepare, about
 
 

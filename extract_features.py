@@ -36,6 +36,8 @@ KEYS = {"text": ("text", "has_text", "sentences", "sentences_mask"),
         "image": ("image", "has_image", "pictures", "pictures_mask")}
 CLIP = "ViT-B-32:laion2b_s34b_b79k"      # the default for everything but the demo shops
 MOST = 10                                # sentences or pictures of one item
+TEMPLATE = {"text": f"the title, then the sentences of the other texts, at most {MOST}",
+            "image": f"at most {MOST} pictures, of an animation or a folder the mean over its frames"}
 PART = {"text": 4096, "image": 1024}     # inputs whose vectors are saved together
 END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9À-Þ])|(?<=[。！？])")     # of a sentence
 
@@ -114,7 +116,8 @@ def extract(data, modality, encoder, keys, device):
     if inputs:
         print(f"extracting {modality} features of {data.name} with {encoder}", flush=True)
         model = open_encoder(modality, encoder, device, data.texts)
-        about = {"inputs": len(inputs), "inputs_sha256": fingerprint(inputs, modality), **model.about}
+        about = {"inputs": len(inputs), "inputs_sha256": fingerprint(inputs, modality), "template": TEMPLATE[modality],
+                 **model.about}
         vectors, failures, cut = in_parts(parts, model.encode, inputs, PART[modality], {"encoder": encoder, **about})
         about |= {"failures": failures, "texts_cut": cut}
         if failures:

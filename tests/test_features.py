@@ -74,6 +74,7 @@ class TestStacks:
         about = read_json(feature_path(data.folder, "image", "pixels").with_suffix(".json"))
         (path, reason), = about["failures"].items()
         assert path.endswith("img/bad.jpg") and "format" in reason and about["items_with"] == 3
+        assert about["backend"] == "pil" and about["template"] and about["versions"]["pillow"] and about["weights"]
 
     def test_only_what_is_read_is_made(self, data):
         assert set(extraction.features(data, "text", "hash", reads=("has_text", "sentences_mask"))) == {"has_text", "sentences_mask"}
