@@ -9,15 +9,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"      # also for the processes that tests start: tiny tensors gain nothing by more
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 from sources.common import command  # noqa: E402  (the path comes first)
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_run_and_its_evaluation(shop, tmp_path):
     done = run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, cwd=tmp_path)
     folder = tmp_path / "runs" / "sasrec-shop-0"
     assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "model.safetensors", "state.safetensors",
-                                                  "ranks-test.npy", "metrics.json"}
+                                                  "ranks-test.npy", "metrics.json", "report.html"}
     result = metrics_of(folder)
     assert {"valid", "valid_masked", "test", "test_masked", "groups", "groups_masked"} <= result.keys()
     assert set(result["test"]) == {f"{m}@{k}" for m in ("recall", "ndcg", "mrr") for k in (5, 10, 20, 50)}
