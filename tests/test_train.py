@@ -152,7 +152,8 @@ def test_killed_and_resumed_is_the_same_to_the_bit(shop, tmp_path, model, settin
     assert not (folder("killed") / "metrics.json").exists()
     printed = run("train.py", *args, "--out", "killed", "--resume", cwd=tmp_path).stdout
     epochs = 12 + dict(settings).get("--pretrain_epochs", 0)
-    assert len(re.findall(r"^(?:pre)?train epoch ", printed, re.M)) <= epochs - 3      # it went on, it did not start over
+    # it went on, it did not start over; the state is written after the line, so the kill may have cost the third epoch
+    assert len(re.findall(r"^(?:pre)?train epoch ", printed, re.M)) <= epochs - 2
     for file in ("model.safetensors", "ranks-test.npy"):
         assert (folder("whole") / file).read_bytes() == (folder("killed") / file).read_bytes()
     whole, killed = (metrics_of(folder(out)) for out in ("whole", "killed"))
