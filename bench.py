@@ -30,13 +30,6 @@ USERS = 4_000                            # test users that each contestant ranks
 ITEMS = 3_000                            # items whose sentences are encoded per repetition
 
 
-def sasrec(data, device):
-    """A SASRec of default size on the device, and its optimizer."""
-    module = train.load_model_file("sasrec")
-    model = train.build(module.Model, module.Config(), {"n_items": data.n_items}, device, 0)
-    return model, train.optimizer_of(model, model.cfg, 1e-3)
-
-
 def padded_batches(users, max_len, size, sequence):
     """The usual loader: a Python loop over users, each padded to max_len, the item after each as target."""
     for first in range(0, len(users), size):
@@ -50,19 +43,12 @@ def padded_batches(users, max_len, size, sequence):
 
 def training(data, device):
     """SASRec, full softmax: {name: function that returns targets per second}. Optimiser and precision are the same."""
-    rows = data.training_rows("sequences", 50, device)
+    _, rows, start, ours = default_model("sasrec", data, device)
     users = np.random.default_rng(0).permutation(rows.users)[:max(1, int(TARGETS / rows.lengths.mean()))]
-
-    def ours():
-        model, optimizer = sasrec(data, device)
-        begin = time.perf_counter()
-        train.train_epoch(model, model, optimizer, rows, model.cfg.batch_size, np.random.default_rng(0), 5., device, "epoch")
-        return rows.lengths.sum() / elapsed(begin, device)
 
     def padded(all_rows):
         def run():
-            model, optimizer = sasrec(data, device)
-            done, begin = 0, time.perf_counter()
+            (model, optimizer, begin), done = start(), 0
             for seq, target in padded_batches(users, 50, model.cfg.batch_size, data.train_seqs.__getitem__):
                 seq, target = seq.to(device), target.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -84,8 +70,8 @@ def training(data, device):
             "padded to 50, softmax of all rows": padded(True)}
 
 
-def on_content(file, data, device):
-    """A model file on built-in features: module, rows, start() -> model, optimizer, time; and one epoch, in targets/s."""
+def default_model(file, data, device):
+    """A model file as it is, on built-in features: module, rows, start() -> model, optimizer, time; an epoch's targets/s."""
     module = train.load_model_file(file)
     catalog = train.build_catalog(module, data, "hash", "pixels", device)
     rows, cfg = data.training_rows("sequences", 50, device), module.Config()
@@ -104,7 +90,7 @@ def on_content(file, data, device):
 
 def msm4sr(data, device):
     """MSM4SR, fine-tuning on built-in features: {name: function that returns targets per second}."""
-    _, rows, start, ours = on_content("msm4sr", data, device)
+    _, rows, start, ours = default_model("msm4sr", data, device)
     users = np.random.default_rng(0).permutation(rows.users)
 
     def usual():
@@ -125,7 +111,7 @@ def msm4sr(data, device):
 
 def srmml(data, device):
     """SRMML on built-in features: {name: function that returns targets per second}. All encode the catalog once a step."""
-    module, rows, start, ours = on_content("srmml", data, device)
+    module, rows, start, ours = default_model("srmml", data, device)
     users = np.random.default_rng(0).permutation(rows.users)
 
     def usual(distance, steps, chunk):
@@ -181,7 +167,7 @@ def large(n_items, device):
 
 def evaluation(data, device):
     """Full ranking of test users, plain and masked: (name, users per second) of each contestant."""
-    model = sasrec(data, device)[0].eval()
+    model = default_model("sasrec", data, device)[2]()[0].eval()
     rows = data.evaluated_rows("test", 50, device)
     history = lambda user: data.flat[data.offsets[user]:data.targets["test"][user] + 1].tolist()
 

@@ -69,11 +69,15 @@ class Data:
         """The training part of every user's items, oldest first: lists of ids."""
         return [self.flat[a:b].tolist() for a, b in zip(self.offsets, self.train_end)]
 
+    @property
+    def in_train(self) -> np.ndarray:
+        """(n_interactions,) bool: which places of `flat` belong to a training part."""
+        return np.arange(len(self.flat)) < np.repeat(self.train_end, np.diff(self.offsets))
+
     @cached_property
     def train_counts(self) -> np.ndarray:
         """(n_items + 1,) occurrences in the training parts."""
-        in_train = np.arange(len(self.flat)) < np.repeat(self.train_end, np.diff(self.offsets))
-        return np.bincount(self.flat[in_train], minlength=self.n_items + 1)
+        return np.bincount(self.flat[self.in_train], minlength=self.n_items + 1)
 
     @cached_property
     def has(self) -> dict:
@@ -236,7 +240,7 @@ def training_parts(sets, warm=False) -> Data:
     """
     flat, lengths, n_items = [], [], 0
     for data in sets:
-        keep = np.arange(len(data.flat)) < np.repeat(data.train_end, np.diff(data.offsets))
+        keep = data.in_train
         if warm:
             keep &= data.train_counts[data.flat] >= COLD
         flat.append(data.flat[keep] + n_items)

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .common import Raw, UserError, clean_text, sentences
+from .common import Raw, UserError, clean_text, line_counts, sentences
 from .download import download
 
-MAX_BAD = 0.01                           # share of unusable lines above which a file is refused
 MAX_IMAGES = 10
 HOSTS = ("images-amazon.com", "ssl-images-amazon.com", "media-amazon.com")     # of pictures, with their subdomains
 MAX_LINE = 1 << 22                       # bytes; a longer line is read in pieces, so that no line fills the memory
@@ -199,7 +198,7 @@ def _parse(text) -> tuple:
 def _each_row(path, take, parse=_parse) -> dict:
     """Hand each line's object to `take`, which returns None or the defect that makes the line unusable -> counts.
 
-    Raises UserError for a file without lines, or when more than MAX_BAD of them are unusable.
+    Raises UserError for a file without lines, or when more than 1 % of them are unusable.
     """
     lines, bad, first_bad = 0, Counter(), None
     for number, text in _lines(path):
@@ -210,11 +209,7 @@ def _each_row(path, take, parse=_parse) -> dict:
             first_bad = first_bad or number
     if not lines:
         raise UserError(f"{path} is empty: put a complete copy there and run the same command again")
-    if bad.total() > MAX_BAD * lines:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in bad.items())
-        raise UserError(f"{path}: {bad.total()} of {lines} lines cannot be used ({kinds}), the first is line "
-                        f"{first_bad}: correct the file or put a complete copy there")
-    return {"lines": lines, "bad_lines": dict(bad)} | ({"first_bad_line": first_bad} if bad else {})
+    return line_counts(path, lines, bad, first_bad)
 
 
 def _read_reviews(path) -> tuple:

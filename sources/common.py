@@ -122,10 +122,15 @@ def each_row(path, columns, take, optional=()) -> dict:
         raise UserError(f"{path}, line {rows.line_num} is not CSV ({error}): correct that line") from None
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path} cannot be read to its end ({error}): put a complete copy in its place") from None
+    return line_counts(path, lines, bad, first_bad)
+
+
+def line_counts(path, lines, bad, first_bad) -> dict:
+    """What a report says of a file's lines; bad: defect -> how many. Raises UserError above 1 % of unusable lines."""
     if bad.total() * 100 > lines:
         kinds = ", ".join(f"{kind} {count}" for kind, count in bad.items())
         raise UserError(f"{path}: {bad.total()} of {lines} lines cannot be used ({kinds}), the first is line "
-                        f"{first_bad}: correct the file or put a complete copy in its place")
+                        f"{first_bad}: correct the file or put a complete copy there")
     return {"lines": lines, "bad_lines": dict(bad)} | ({"first_bad_line": first_bad} if bad else {})
 
 
