@@ -8,6 +8,7 @@ Only the ratios mean something on another machine. Nothing here is asserted by a
 """
 import argparse
 import resource
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -70,11 +71,11 @@ def training(data, device):
             "padded to 50, softmax of all rows": padded(True)}
 
 
-def default_model(file, data, device):
+def default_model(file, data, device, **settings):
     """A model file as it is, on built-in features: module, rows, start() -> model, optimizer, time; an epoch's targets/s."""
     module = train.load_model_file(file)
-    catalog = train.build_catalog(module, data, "hash", "pixels", device)
-    rows, cfg = data.training_rows("sequences", 50, device), module.Config()
+    catalog, cfg = train.build_catalog(module, data, "hash", "pixels", device), module.Config(**settings)
+    rows = data.training_rows("prefixes" if cfg.prefixes else "sequences", cfg.max_len, device)
 
     def start():
         model = train.build(module.Model, cfg, catalog, device, 0)
@@ -83,19 +84,24 @@ def default_model(file, data, device):
     def ours():
         model, optimizer, begin = start()
         train.train_epoch(model, model, optimizer, rows, cfg.batch_size, np.random.default_rng(0), 5., device, "epoch")
-        return rows.lengths.sum() / elapsed(begin, device)
+        return (len(rows) if cfg.prefixes else rows.lengths.sum()) / elapsed(begin, device)
 
     return module, rows, start, ours
+
+
+def prefixes_of(data, rows, n):
+    """The first n prefixes with their target as last item, users in random order: lists of item ids."""
+    users = np.random.default_rng(0).permutation(np.unique(rows.users))
+    return [data.train_seqs[u][:k] for u in users for k in range(2, len(data.train_seqs[u]) + 1)][:n]
 
 
 def msm4sr(data, device):
     """MSM4SR, fine-tuning on built-in features: {name: function that returns targets per second}."""
     _, rows, start, ours = default_model("msm4sr", data, device)
-    users = np.random.default_rng(0).permutation(rows.users)
+    prefixes = prefixes_of(data, rows, 512)
 
     def usual():
         model, optimizer, begin = start()
-        prefixes = [data.train_seqs[u][:n] for u in users[:200] for n in range(2, len(data.train_seqs[u]) + 1)][:512]
         for seq, target in padded_batches(range(len(prefixes)), 50, 256, prefixes.__getitem__):
             seq, answer, table = seq.to(device), target[:, -1].to(device), model.encode_items()
             streams = [model.m2se.encoders[m](seq.flatten()).view(*seq.shape, -1) + model.item(seq) for m in model.scored]
@@ -107,6 +113,68 @@ def msm4sr(data, device):
         return len(prefixes) / elapsed(begin, device)
 
     return {"ours: a whole epoch of train.py": ours, "a padded row per prefix, encoded position by position": usual}
+
+
+def fmmsrec(data, device):
+    """FMMS-Rec at the width of the demo, on built-in features: {name: function that returns targets per second}."""
+    few = datasets.load(data.folder, train_share=min(1., TARGETS / data.train_counts.sum()))
+    size = 256
+    module, rows, start, ours = default_model("fmmsrec", few, device, dim=64, heads=4, batch_size=size)
+    prefixes = prefixes_of(few, rows, 4 * size)
+
+    def usual():
+        model, optimizer, begin = start()
+        for seq, target in padded_batches(range(len(prefixes)), model.cfg.max_len, size, prefixes.__getitem__):
+            seq, answer = seq.to(device), target[:, -1].to(device)
+            read, chosen = module.mask_items(seq, model.n_items, model.cfg.mask_ratio)
+            E, has = model.encoder.embed(F.pad(read, (0, 1)).flatten())            # every position by itself
+            real, position = F.pad(seq != 0, (0, 1), value=True), model.position[-seq.shape[1] - 1:, None]
+            has = has.unflatten(0, real.shape)
+            x = model.encoder.transform(E.unflatten(0, real.shape), has, real, position)
+            states = model.users(x.flatten(0, 1), has.flatten(0, 1)).unflatten(0, real.shape)
+            logits = states @ model.encode_items()["item"].T
+            answers = torch.cat([seq * chosen, answer[:, None]], 1)                # 0: nothing to predict here
+            loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return len(prefixes) / elapsed(begin, device)
+
+    return {"ours: an epoch of train.py": ours, "a padded row per prefix, encoded position by position": usual}
+
+
+def mmsr(data, device, folder):
+    """MMSR with encoders of base size, random weights, on a few users' titles and pictures: functions -> steps per second."""
+    module = train.load_model_file("mmsr")
+    module.TINY = {"roberta": dict(max_position_embeddings=514),
+                   "swin": dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32])}
+    rows = [data.train_seqs[u][-8:] for u in np.random.default_rng(0).permutation(data.n_users)[:8]]
+    items = sorted(set().union(*rows))                           # the catalog: what these users have
+    number = {item: i for i, item in enumerate(items, 1)}
+    catalog = {key: [values[item] for item in [0, *items]] for key, values in data.catalog(module.READS).items()
+               if key in ("titles", "image_paths")}
+    catalog |= {"n_items": len(items), "train_seqs": [[number[i] for i in row] for row in rows]}
+    (seq, target), = padded_batches(range(len(rows)), 8, len(rows), catalog["train_seqs"].__getitem__)
+    batch = {"user": torch.arange(len(rows), device=device), "seq": seq.to(device), "target": target.to(device)}
+
+    def contestant(cache):
+        cfg = module.Config(text_encoder="tiny-roberta", image_encoder="tiny-swin", cache=cache, cache_dir=folder)
+        model = train.build(module.Model, cfg, catalog, device, 0).train()
+        optimizer = train.optimizer_of(model, cfg, cfg.lr)
+
+        def step():
+            begin = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model(batch)["next_item"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return 1 / elapsed(begin, device)
+        step()                                                   # fills the cache
+        return step
+
+    return {f"ours: a step on {len(items)} items, frozen blocks cached": contestant("fp16"),
+            "the whole encoders in every step": contestant("off")}
 
 
 def srmml(data, device):
@@ -230,14 +298,14 @@ def elapsed(begin, device):
     return time.perf_counter() - begin
 
 
-def compare(title, unit, contestants, repeats):
+def compare(title, unit, contestants, repeats, decimals=0):
     """Run the contestants in turn, several times; print each median and how many times faster the first one is."""
     speeds = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, contestant in contestants.items():
             speeds[name].append(contestant())
     first = median(next(iter(speeds.values())))
-    print(f"\n{title}\n" + "\n".join(f"  {name:<56}{median(values):>10.0f} {unit}{first / median(values):>8.1f}x"
+    print(f"\n{title}\n" + "\n".join(f"  {name:<56}{median(values):>10.{decimals}f} {unit}{first / median(values):>8.1f}x"
                                      for name, values in speeds.items()), flush=True)
 
 
@@ -259,6 +327,9 @@ def main():
     compare("SASRec training, full softmax", "targets/s", training(data, device), args.repeats)
     compare("SRMML training, full softmax", "targets/s", srmml(data, device), args.repeats)
     compare("MSM4SR fine-tuning, full softmax", "targets/s", msm4sr(data, device), args.repeats)
+    compare("FMMS-Rec training, full softmax", "targets/s", fmmsrec(data, device), args.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        compare("MMSR training, encoders of base size", "steps/s", mmsr(data, device, folder), args.repeats, decimals=2)
     if args.text:
         compare(f"encoding with {args.text}", "sentences/s", encoding(data, args.text, device), args.repeats)
     compare("evaluation, full ranking, plain and masked", "users/s", evaluation(data, device), args.repeats)

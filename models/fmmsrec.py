@@ -69,6 +69,7 @@ class FMMSRecConfig:
     use_text: bool = True                # false: w/o S, ablation of section 4.6
     drop_missing: bool = False           # F5
     optimizer: str = "adam"              # section 4.4
+    schedule: str = "constant"           # of the learning rate; or cosine, linear, step
     lr: float = 1e-3                     # "Adam optimizer with a learning rate of 0.001" (section 4.4)
     weight_decay: float = 0.0
     batch_size: int = 1024               # rows, or items in pre-training; 8192 in the paper (section 4.4), on 8 GPUs (F25)
@@ -79,7 +80,9 @@ class FMMSRecConfig:
     prefixes: bool = True                # F22
 
 
-PRESETS = dict.fromkeys(("scientific-mm", "demo"), dict(dim=64, heads=4, dropout=0.2, batch_size=256, pretrain_epochs=20))
+SMALL = dict(heads=4, batch_size=256, pretrain_epochs=20, lr=2e-3, schedule="cosine", patience=40)
+PRESETS = {"scientific-mm": SMALL | dict(dim=128, dropout=0.3, input_dropout=0.3, epochs=40),
+           "demo": SMALL | dict(dim=64, dropout=0.2, epochs=12)}
 
 
 class SoftmaxLoss(torch.autograd.Function):
