@@ -243,7 +243,7 @@ class Tower(nn.Module):
                     f.flush(), os.fsync(f.fileno())
                 os.replace(f.name, path)
                 size = path.stat().st_size
-                print(f"{n} {self.modality}s to the frozen boundary, {self.unreadable} unreadable, {time.time() - begin:.0f} s: "
+                print(f"{n} {self.modality}s to the boundary, {self.unreadable} unreadable, {time.time() - begin:.0f} s: "
                       f"{size / 2**20:.1f} MiB, {size / 1024 / n:.1f} KiB each, in {path}", flush=True)
         self.hidden = torch.from_numpy(np.memmap(path, dtype, "c").reshape(-1, self.width))
         lengths = [len(x) for x in self.inputs] if self.modality == "text" else [len(self.hidden) // n] * n
@@ -437,11 +437,13 @@ class MMSR(nn.Module):
             tokens += [self.project[modality](x), mask]                            # (U, T, D), (U, T)
         return (self.fusion or masked_mean)(*tokens) * (ids != 0)[:, None]
 
-    def negatives(self, user):
-        """For each place of user (...), an item uniform over those that the user's training sequence lacks; 0: none."""
+    def negatives(self, user, L):
+        """user (B,) -> (B, L) items, each uniform over those that the user's training sequence lacks; 0: there is none."""
+        draw = torch.rand(len(user), max(L, self.cfg.max_len), device=user.device, dtype=torch.float64)[:, -L:]
+        user = user[:, None]             # the draws are those of the places from the end, so that padding changes none
         first = self.first[user]
         n = self.n_items - (self.first[user + 1] - first)
-        r = (torch.rand(user.shape, device=user.device, dtype=torch.float64) * n).long()           # take the r-th of them
+        r = (draw * n).long()                                                      # take the r-th of them
         before = torch.searchsorted(self.lacked, user * (self.n_items + 1) + r, right=True) - first
         return torch.where(n > 0, r + 1 + before, 0)
 
@@ -450,7 +452,7 @@ class MMSR(nn.Module):
         if self.cfg.prefixes:                                                      # one target a row, the last
             target = F.pad(target[:, -1:], (seq.shape[1] - 1, 0))
         real, bce = target != 0, self.cfg.loss == "bce"
-        negative = self.negatives(batch["user"][:, None].expand_as(seq)) * real if bce else target
+        negative = self.negatives(batch["user"], seq.shape[1]) * real if bce else target
         ids, place = torch.stack([seq, target, negative]).unique(return_inverse=True)
         vectors = self.items(ids)                                                  # (U, D): each distinct item once
         x, right, wrong = vectors[place]                                           # (B, L, D)
