@@ -317,7 +317,7 @@ class Fusion(nn.Module):
             self.x, self.y, self.model = flava.text_to_mm_projection, flava.image_to_mm_projection, flava.multimodal_model
             self.model.pooler, self.out = None, nn.Linear(flava.mm_hidden_size, d)
         else:
-            self.kinds = nn.Parameter(torch.empty(2, d))                            # reading 6
+            self.kinds = nn.Parameter(torch.empty(2, d))                           # reading 6
             self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(d, heads, 4 * d, p, "gelu", 1e-12, batch_first=True)
                                         for _ in range(2 if self.kind == "co" else cfg.merge_layers))
         if self.kind == "co":
@@ -325,7 +325,7 @@ class Fusion(nn.Module):
             self.norm, self.dropout = nn.LayerNorm(d, 1e-12), nn.Dropout(p)
 
     def forward(self, x, x_mask, y, y_mask):
-        return getattr(self, self.kind if self.kind not in COARSE else "coarse")(x, x_mask, y, y_mask)
+        return getattr(self, "coarse" if self.kind in COARSE else self.kind)(x, x_mask, y, y_mask)
 
     def coarse(self, x, x_mask, y, y_mask):
         return self.dnn(COARSE[self.kind][1](self.maps, *map(self.norm, (masked_mean(x, x_mask), masked_mean(y, y_mask)))))
