@@ -224,32 +224,39 @@ class Tower(nn.Module):
         """Open the cache, or fill it; then forget the frozen bottom. Does nothing the second time."""
         if self.hidden is not None:
             return
-        n, begin, step = len(self.inputs), time.time(), 256 if device.type == "cuda" else 32
-        with ThreadPoolExecutor() as pool:
-            if self.cfg.cache == "off":
-                self.hidden = list(pool.map(self.read, self.inputs))
-                return
-            dtype = {"fp16": np.float16, "fp32": np.float32}[self.cfg.cache]
-            path = Path(self.cfg.cache_dir) / f"{self.modality}-{self.fingerprint()}.{self.cfg.cache}"
-            if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(f"{path}.{os.getpid()}", "wb") as f:
-                    for at in range(0, n, step):
-                        hidden, mask = self.below(list(pool.map(self.read, self.inputs[at:at + step])), device)
-                        rows = hidden[mask].cpu().numpy().astype(dtype)            # (tokens, width)
-                        if not np.isfinite(rows).all():
-                            raise ValueError(f"{self.modality}_encoder has hidden states beyond fp16: give cache fp32")
-                        f.write(rows.tobytes())
-                    f.flush(), os.fsync(f.fileno())
-                os.replace(f.name, path)
-                size = path.stat().st_size
-                print(f"{n} {self.modality}s to the boundary, {self.unreadable} unreadable, {time.time() - begin:.0f} s: "
-                      f"{size / 2**20:.1f} MiB, {size / 1024 / n:.1f} KiB each, in {path}", flush=True)
+        if self.cfg.cache == "off":
+            self.hidden = [self.read(x) for x in self.inputs]
+            return
+        n, dtype = len(self.inputs), {"fp16": np.float16, "fp32": np.float32}[self.cfg.cache]
+        path = Path(self.cfg.cache_dir) / f"{self.modality}-{self.fingerprint()}.{self.cfg.cache}"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial, begin = Path(f"{path}.{os.getpid()}"), time.time()
+            try:
+                self.fill(partial, dtype, device)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            size = path.stat().st_size
+            print(f"{n} {self.modality}s to the boundary, {self.unreadable} unreadable, {time.time() - begin:.0f} s: "
+                  f"{size / 2**20:.1f} MiB, {size / 1024 / n:.1f} KiB each, in {path}", flush=True)
         self.hidden = torch.from_numpy(np.memmap(path, dtype, "c").reshape(-1, self.width))
         lengths = [len(x) for x in self.inputs] if self.modality == "text" else [len(self.hidden) // n] * n
         self.start, self.bottom = torch.tensor([0, *lengths], device=device).cumsum(0), None
         if device.type == "cuda" and self.hidden.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.hidden = self.hidden.to(device)
+
+    def fill(self, path, dtype, device):
+        """Hidden states of every input's tokens, one after the other: (tokens, width) as dtype."""
+        step = 256 if device.type == "cuda" else 32
+        with open(path, "wb") as f, ThreadPoolExecutor() as pool, np.errstate(over="ignore"):
+            for first in range(0, len(self.inputs), step):
+                hidden, mask = self.below(list(pool.map(self.read, self.inputs[first:first + step])), device)
+                rows = hidden[mask].cpu().numpy().astype(dtype)
+                if not np.isfinite(rows).all():
+                    raise ValueError(f"{self.modality}_encoder has hidden states beyond fp16: give cache fp32")
+                f.write(rows.tobytes())
+            f.flush(), os.fsync(f.fileno())
 
     def fingerprint(self):
         """Of what decides the cache: the frozen model, and the tokens, or each picture's path, size and time."""
