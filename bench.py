@@ -144,7 +144,7 @@ def fmmsrec(data, device):
 
 
 def mmsr(data, device, folder):
-    """MMSR with encoders of base size, random weights, on a few users' titles and pictures: functions -> steps per second."""
+    """MMSR, encoders of base size, random weights, on a few users' items: {name: function that returns steps per second}."""
     module = train.load_model_file("mmsr")
     module.TINY = {"roberta": dict(max_position_embeddings=514),
                    "swin": dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32])}
