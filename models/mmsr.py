@@ -86,7 +86,7 @@ class MMSRConfig:
 
 
 SMALL = dict(text_encoder="tiny", image_encoder="tiny", loss="in_batch", dim=64, lr=1e-3, encoder_lr=1e-3, batch_size=32,
-             epochs=15)
+             epochs=13)
 PRESETS = {"demo": SMALL, "demo-b": SMALL}
 
 TOWERS = {                               # model type -> where its blocks are, and the norm after them
