@@ -42,6 +42,12 @@ def padded_batches(users, max_len, size, sequence):
         yield torch.tensor(seqs), torch.tensor(targets)
 
 
+def update(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def training(data, device):
     """SASRec, full softmax: {name: function that returns targets per second}. Optimiser and precision are the same."""
     _, rows, start, ours = default_model("sasrec", data, device)
@@ -57,9 +63,7 @@ def training(data, device):
                     if not all_rows:
                         states, target = states[target != 0], target[target != 0]
                     loss = F.cross_entropy(states @ model.item.weight.T, target, ignore_index=0)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                update(optimizer, loss)
                 done += int((target != 0).sum())
                 if all_rows and done >= TARGETS / 8:             # it is slow, and every step of it costs the same
                     break
@@ -107,9 +111,7 @@ def msm4sr(data, device):
             streams = [model.m2se.encoders[m](seq.flatten()).view(*seq.shape, -1) + model.item(seq) for m in model.scored]
             states = torch.cat([F.normalize(h[:, -1], dim=-1) for h in model.m2se.transform(streams, seq)], -1)
             loss = F.cross_entropy((states @ table["candidates"].T)[:, 1:], answer - 1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            update(optimizer, loss)
         return len(prefixes) / elapsed(begin, device)
 
     return {"ours: a whole epoch of train.py": ours, "a padded row per prefix, encoded position by position": usual}
@@ -135,9 +137,7 @@ def fmmsrec(data, device):
             logits = states @ model.encode_items()["item"].T
             answers = torch.cat([seq * chosen, answer[:, None]], 1)                # 0: nothing to predict here
             loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=0)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            update(optimizer, loss)
         return len(prefixes) / elapsed(begin, device)
 
     return {"ours: an epoch of train.py": ours, "a padded row per prefix, encoded position by position": usual}
@@ -166,9 +166,7 @@ def mmsr(data, device, folder):
             begin = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = model(batch)["next_item"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            update(optimizer, loss)
             return 1 / elapsed(begin, device)
         step()                                                   # fills the cache
         return step
@@ -196,9 +194,7 @@ def srmml(data, device):
                 states, target = model.states(seq, table).flatten(0, 1)[target != 0], target[target != 0]
                 loss = sum(checkpoint(loss_of, s, table["point"], model.log_scale.exp(), t, use_reentrant=False)
                            for s, t in zip(states.split(chunk), target.split(chunk))) / len(target)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                update(optimizer, loss)
                 done += len(target)
             module.wasserstein = products
             return done / elapsed(begin, device)

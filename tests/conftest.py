@@ -31,6 +31,15 @@ def real():
     return folder
 
 
+@pytest.fixture
+def float64():
+    """New tensors in float64, from a fixed seed: for parts that are held against naive loops."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def write_shop(folder, users=60, items=30, seed=0):
     """Own-data files of a small shop: user u walks through the items in steps, with some noise."""
     folder.mkdir(parents=True, exist_ok=True)

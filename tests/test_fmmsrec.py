@@ -8,16 +8,9 @@ import torch.nn.functional as F
 
 from train import load_model_file
 
+pytestmark = pytest.mark.usefixtures("float64")
 fmms = load_model_file("fmmsrec")
 N, D = 12, 8
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make_catalog(n=N, width=(5, 7)):

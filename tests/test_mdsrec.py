@@ -8,16 +8,9 @@ import torch.nn.functional as F
 
 from train import load_model_file
 
+pytestmark = pytest.mark.usefixtures("float64")
 mdsrec = load_model_file("mdsrec")
 N = 12
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def seqs(count=25):

@@ -8,17 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from train import load_model_file
 
+pytestmark = pytest.mark.usefixtures("float64")
 srmml = load_model_file("srmml")
 N = 12
 SEQS = [[1, 2, 3, 4], [5, 6, 2], [7, 8, 9, 10, 1], [2, 2]]        # N-1 and N never occur
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make_catalog(text=5, image=7):
