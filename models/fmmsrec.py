@@ -18,7 +18,8 @@ Readings, where the paper is silent, misprinted or contradicts itself (it number
            LayerNorm, one per modality, and reads them standardised, or their common mean drowns what tells them apart.
   F4-F5    feature + modality (+ position) embedding, LayerNorm, dropout. One learned [mask] stands for a missing modality,
            attends and stays in the maximum; drop_missing leaves it out of both, as the ancestor MMSRec does. A masked item
-           is an item without any modality.
+           is an item without any modality. Positions start with the features' variance: with the usual 0.02 the sum drowns
+           them, and a trained model then ranks a shuffled history as it ranks the true one.
   F6-F8    eq 3a: h^i, h^s after a Linear and a LayerNorm each; length 1 where similarities are taken. Blocks: LayerNorm
            after the residual sums, GELU, inner width 2 dim, one more LayerNorm at the end.
   F9       L_I, L_S, L_I-S: InfoNCE between two passes with different dropout, of items that have the whole group; all
@@ -285,7 +286,7 @@ class FMMSRec(nn.Module):
         super().__init__()
         self.cfg, self.n_items, self.encoder = cfg, catalog["n_items"], Encoder(cfg, catalog)
         self.position = nn.Parameter(torch.empty(cfg.max_len + 1, cfg.dim))        # the last is that of the [mask] slot
-        nn.init.normal_(self.position, std=0.02)
+        nn.init.normal_(self.position)                           # F4: as loud as the features
 
     def init_from(self, state):
         """Take over a state of Pretrain: positions are new, eq. (4)'s tau and eq. (5)'s head stay behind, nothing else."""

@@ -127,17 +127,22 @@ class ModalityEncoder(nn.Module):
         self.W_3 = nn.Linear(d, cfg.experts, bias=False)
         self.W_k = nn.Linear(d, cfg.experts * cfg.dim)                             # all experts side by side
         self.scale, self.shift = (nn.Parameter(torch.full((cfg.experts * cfg.dim,), v)) for v in (1., 0.))   # LayerNorms'
-        self.register_buffer("x", x.to(self.scale.dtype), persistent=False)
-        self.register_buffer("mask", mask, persistent=False)                       # (N+1, S), False = no vector there
+        has = mask.any(1)                                                          # (N+1,)
+        rows = torch.cat([has.new_zeros(1).long(), has.nonzero()[:, 0]])           # what is kept: padding, and who has it
+        self.register_buffer("x", x[rows].to(self.scale.dtype), persistent=False)
+        self.register_buffer("mask", mask[rows], persistent=False)                 # False = no vector there
+        self.register_buffer("row", has.cumsum(0) * has, persistent=False)         # (N+1,) an item's; 0: without the modality
 
     def forward(self, ids=None):
         """z of the items ids (n,), or of all: (n, d_0). Item by item the same as one by one."""
         if ids is not None:
-            return self.encode(self.x[ids], self.mask[ids])
+            return self.encode(self.x[self.row[ids]], self.mask[self.row[ids]])
+        parts = zip(self.x.split(CHUNK), self.mask.split(CHUNK))
         if len(self.x) <= CHUNK:
-            return self.encode(self.x, self.mask)
-        parts = zip(self.x.split(CHUNK), self.mask.split(CHUNK))                   # computed again in the backward pass
-        return torch.cat([checkpoint(self.encode, *part, use_reentrant=False) for part in parts])
+            z = self.encode(self.x, self.mask)
+        else:                                                                      # computed again in the backward pass
+            z = torch.cat([checkpoint(self.encode, *part, use_reentrant=False) for part in parts])
+        return z if len(z) == len(self.row) else F.embedding(self.row, z)
 
     def encode(self, x, mask):                                                     # (n, S, d), (n, S)
         e = x[:, 0] if x.shape[1] == 1 else None                                   # (n, d); of one vector alpha is 1
@@ -188,9 +193,9 @@ class M2SE(nn.Module):
                 nn.init.normal_(weight, std=0.02)
         [nn.init.zeros_(encoder.W_3.weight) for encoder in self.encoders.values()]           # P5: all experts alike
 
-    def items(self, ids=None):
-        """{"text": z^t, "image": z^v} of the items ids (n,), or of all: (n, d_0) each."""
-        return {m: encoder(ids) for m, encoder in self.encoders.items()}
+    def items(self, ids=None, of=tuple(STACKS)):
+        """{"text": z^t, "image": z^v}, or one of them, of the items ids (n,), or of all: (n, d_0) each."""
+        return {m: self.encoders[m](ids) for m in of}
 
     def transform(self, streams, seq):
         """The one Transformer over several sequences of vectors, k times (B, L, D) with the ids seq (B, L): (k, B, L, D)."""
@@ -257,7 +262,7 @@ class Pretrain(nn.Module):
         if self.training:
             seq, target = random_drop(seq, target, cfg.rho)
         ids, place = None, torch.stack([seq, target])                              # (2, B, L): rows of z
-        if z is None and (not seq.is_cuda or len(m2se.encoders["text"].x) > place.numel()):
+        if z is None and (not seq.is_cuda or len(m2se.encoders["text"].row) > place.numel()):
             ids, place = place.unique(return_inverse=True)                         # the items of the batch, each once
         z = z or m2se.items(ids)
         streams = [z[m][place[0]] for m in STACKS]                                 # Z^t, Z^v: (B, L, D)
@@ -275,7 +280,7 @@ class Pretrain(nn.Module):
         for m, own, other in zip(STACKS, h, h.flip(0)):
             m_hat, m_tilde = self.W[m](own), self.W[m](other)                      # eq. (6)
             if cfg.use_nip:
-                has = (target != 0) & m2se.encoders[m].mask[target].any(1)         # P4
+                has = m2se.encoders[m].row[target] > 0                              # P4; padding has no row
                 losses[f"nip_{m}"] = nip(m_hat, m_tilde, z[m][answer], *among(has), cfg.tau)
             if cfg.use_cmcl:
                 losses[f"cmcl_{m}"] = cfg.lam * cmcl(m_hat, m_tilde, *among(target != 0), cfg.tau)
@@ -304,7 +309,7 @@ class MSM4SR(Pretrain):
 
     def encode_items(self, z=None):
         """F + E per scored modality, and "candidates" (N+1, D or 2 D): an item's rows side by side, as score needs them."""
-        z = z or self.m2se.items()
+        z = z or self.m2se.items(of=self.scored)
         table = {m: z[m] + self.item.weight if self.cfg.use_id else z[m] for m in self.scored}
         rows = [F.normalize(t, dim=-1) / self.cfg.tau if self.cfg.cosine else t for t in table.values()]       # P14
         return table | {"candidates": torch.cat(rows, 1)}
@@ -315,7 +320,7 @@ class MSM4SR(Pretrain):
         return torch.cat([F.normalize(s, dim=-1) if self.cfg.cosine else s for s in h], -1)                    # P14
 
     def forward(self, batch):
-        z, target = self.m2se.items(), batch["target"]
+        z, target = self.m2se.items(of=tuple(STACKS) if self.cfg.e2e else self.scored), batch["target"]
         table = self.encode_items(z)
         states = self.states(batch["seq"], table)                                  # (B, L, 2 D)
         if self.cfg.prefixes:                                                      # one target a row, the last

@@ -364,6 +364,19 @@ def test_positions_are_counted_from_the_end(training, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_new_model_hears_the_order_of_a_history():
+    """Next to what a changed item does: positions that the sum with the features drowns would not reach a hundredth."""
+    torch.manual_seed(0)
+    catalog = make_catalog(width=(24, 24)) | {f"has_{m}": torch.arange(N + 1) > 0 for m in fmms.MODALITIES}
+    model = fmms.Model(fmms.Config(dim=64, heads=4), catalog).eval()
+    seq = torch.randint(1, N + 1, (64, 8))
+    other = torch.cat([seq[:, :-1], seq[:, -1:] % N + 1], 1)
+    with torch.no_grad():
+        table = model.encode_items()
+        h, turned, changed = (F.normalize(model.next(s, table), dim=-1) for s in (seq, seq.flip(1), other))
+    assert (turned - h).norm() > .1 * (changed - h).norm()
+
+
 def test_order_matters_and_nothing_is_causal():
     model = make()
     table = model.encode_items()

@@ -48,9 +48,10 @@ def make_batch():
 # ---------------------------------------------------------------- the encoder of a modality
 
 @torch.no_grad()
-def naive_encoder(enc, i):
-    """Eqs. (3)-(5) for one item."""
-    x = [enc.x[i, s] for s in range(enc.x.shape[1]) if enc.mask[i, s]]
+def naive_encoder(enc, m, i):
+    """Eqs. (3)-(5) for one item and one modality."""
+    catalog = make_catalog()
+    x = [row for row, there in zip(catalog[msm.STACKS[m]][i], catalog[msm.STACKS[m] + "_mask"][i]) if there]
     if not x:
         return torch.zeros(D)
     score = [math.exp(float(enc.W_2(enc.W_1(row)))) for row in x]
@@ -67,8 +68,9 @@ def naive_encoder(enc, i):
 def test_item_encoders_eqs_3_to_5():
     m2se = make().m2se.train()
     for m, z in m2se.items().items():
-        torch.testing.assert_close(z, torch.stack([naive_encoder(m2se.encoders[m], i) for i in range(N + 1)]))
+        torch.testing.assert_close(z, torch.stack([naive_encoder(m2se.encoders[m], m, i) for i in range(N + 1)]))
     assert not m2se.items()["image"][[0, 3]].any() and not m2se.items()["text"][[0, 5]].any()
+    assert len(m2se.encoders["image"].x) == N and len(m2se.encoders["text"].x) == N      # who lacks it costs nothing
 
 
 def test_attention_learns_and_slots_without_a_vector_do_not_count():
@@ -245,7 +247,7 @@ def test_cross_modality_contrast_eqs_9_10():
 def naive_objectives(model, batch, use_proj=True):
     """Eqs. (6)-(11) without dropout and mixup, from the states of all positions that have a target."""
     m2se, lam = model.m2se, .01
-    z = {m: [naive_encoder(e, i) for i in range(N + 1)] for m, e in m2se.encoders.items()}
+    z = {m: [naive_encoder(e, m, i) for i in range(N + 1)] for m, e in m2se.encoders.items()}
     h = {m: [] for m in z}
     targets, users = [], []
     for user, seq, target in zip(batch["user"].tolist(), batch["seq"].tolist(), batch["target"].tolist()):
@@ -258,7 +260,7 @@ def naive_objectives(model, batch, use_proj=True):
     for m, n in (("text", "image"), ("image", "text")):
         W = model.W[m]
         m_hat, m_tilde = [W(s) for s in h[m]], [W(s) for s in h[n]]                           # eq. (6)
-        real = [bool(m2se.encoders[m].mask[t].any()) for t in targets]
+        real = [bool(make_catalog()[msm.STACKS[m] + "_mask"][t].any()) for t in targets]
         losses[f"nip_{m}"] = naive_nip(m_hat, m_tilde, [z[m][t] for t in targets], no_negative, real)
         losses[f"cmcl_{m}"] = lam * naive_cmcl(m_hat, m_tilde, no_negative, [True] * R)       # eq. (11)
     return losses
