@@ -236,8 +236,7 @@ def _examples(model, data, cfg, device, users, seed):
     target = rows.flat[rows.end[index]]
     scores = model.eval().score({"user": batch["user"], "seq": batch["seq"]}, model.encode_items()).float()
     ranks = rank_of_target(scores, target).tolist()
-    scores[:, 0] = -torch.inf
-    first = scores.topk(min(5, data.n_items)).indices
+    first = scores[:, 1:].topk(min(5, data.n_items)).indices + 1                 # padding is no item
     for seq, answer, rank, top in zip(batch["seq"].tolist(), target.tolist(), ranks, first.tolist()):
         parts = (("the last of the history", [item for item in seq if item][-6:]), (f"then: rank {rank + 1}", [answer]),
                  ("ranked first", top))

@@ -154,6 +154,8 @@ def pretraining(args, module, data, catalog, device):
     sets, catalogs = [data], [catalog]
     if (args.pretrain_data or args.cold_start) and not hasattr(module, "Pretrain"):
         raise UserError(f"{args.model} is not pre-trained: leave --pretrain-data and --cold_start out")
+    if (args.pretrain_data or args.cold_start) and args.init:
+        raise UserError("--init takes over a pre-training that is done: leave --pretrain-data and --cold_start out")
     if args.pretrain_data:
         sets = [datasets.load(name, split=args.split) for name in args.pretrain_data.split(",")]
         catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]

@@ -297,6 +297,7 @@ def test_cold_start_pre_trains_without_cold_items(shop, tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, sentence", [
     (("--model", "msm4sr", "--init", "nowhere"), "--init nowhere holds no weights"),
     (("--model", "sasrec", "--init", "nowhere"), "--init means nothing"),
+    (("--model", "msm4sr", "--init", "nowhere", "--cold_start"), "leave --pretrain-data and --cold_start out"),
     (("--model", "sasrec", "--cold_start"), "sasrec is not pre-trained"),
     ((*PRETRAIN, "--init", "narrow"), "does not fit msm4sr on shop"),
     ((*PRETRAIN, "--train_share", "0"), "--train_share"),
