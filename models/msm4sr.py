@@ -127,11 +127,14 @@ class ModalityEncoder(nn.Module):
         self.W_3 = nn.Linear(d, cfg.experts, bias=False)
         self.W_k = nn.Linear(d, cfg.experts * cfg.dim)                             # all experts side by side
         self.scale, self.shift = (nn.Parameter(torch.full((cfg.experts * cfg.dim,), v)) for v in (1., 0.))   # LayerNorms'
+        mask = mask.clone()
+        mask[0] = False                                                            # padding has nothing
         has = mask.any(1)                                                          # (N+1,)
         rows = torch.cat([has.new_zeros(1).long(), has.nonzero()[:, 0]])           # what is kept: padding, and who has it
-        self.register_buffer("x", x[rows].to(self.scale.dtype), persistent=False)
-        self.register_buffer("mask", mask[rows], persistent=False)                 # False = no vector there
-        self.register_buffer("row", has.cumsum(0) * has, persistent=False)         # (N+1,) an item's; 0: without the modality
+        x, mask = (x, mask) if len(rows) == len(x) else (x[rows], mask[rows])      # no copy of a catalog where all have it
+        self.register_buffer("x", x.to(self.scale.dtype), persistent=False)
+        self.register_buffer("mask", mask, persistent=False)                       # False = no vector there
+        self.register_buffer("row", has.cumsum(0) * has, persistent=False)         # (N+1,) of an item; 0: has no vector
 
     def forward(self, ids=None):
         """z of the items ids (n,), or of all: (n, d_0). Item by item the same as one by one."""

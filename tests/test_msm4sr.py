@@ -73,6 +73,17 @@ def test_item_encoders_eqs_3_to_5():
     assert len(m2se.encoders["image"].x) == N and len(m2se.encoders["text"].x) == N      # who lacks it costs nothing
 
 
+def test_a_vector_in_padding_is_nobodys():
+    catalog = make_catalog()
+    m2se = msm.M2SE(settings(), catalog)
+    for stack in msm.STACKS.values():
+        catalog[stack][0], catalog[stack + "_mask"][0] = 7., True
+    noisy = msm.M2SE(settings(), catalog)
+    noisy.load_state_dict(m2se.state_dict())
+    for m, z in m2se.items().items():
+        torch.testing.assert_close(noisy.items()[m], z)
+
+
 def test_attention_learns_and_slots_without_a_vector_do_not_count():
     enc = make().m2se.encoders["text"]
     z = enc()
