@@ -42,11 +42,6 @@ def padded_batches(users, max_len, size, sequence):
         yield torch.tensor(seqs), torch.tensor(targets)
 
 
-def precision(device):
-    """That of train.py, for every contestant."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def update(optimizer, loss):
     optimizer.zero_grad()
     loss.backward()
@@ -63,7 +58,7 @@ def training(data, device):
             (model, optimizer, begin), done = start(), 0
             for seq, target in padded_batches(users, 50, model.cfg.batch_size, data.train_seqs.__getitem__):
                 seq, target = seq.to(device), target.to(device)
-                with precision(device):
+                with train.precision(device):
                     states, target = model.states(seq, model.item.weight).flatten(0, 1), target.flatten()
                     if not all_rows:
                         states, target = states[target != 0], target[target != 0]
@@ -114,7 +109,7 @@ def msm4sr(data, device):
         encoders = [model.m2se.encoders[m] for m in model.scored]
         for seq, target in padded_batches(range(len(prefixes)), 50, 256, prefixes.__getitem__):
             seq, answer = seq.to(device), target[:, -1].to(device)
-            with precision(device):
+            with train.precision(device):
                 table = model.encode_items()
                 streams = [encoder(seq.flatten()).unflatten(0, seq.shape) + model.item(seq) for encoder in encoders]
                 states = torch.cat([F.normalize(h[:, -1], dim=-1) for h in model.m2se.transform(streams, seq)], -1)
@@ -139,7 +134,7 @@ def fmmsrec(data, device):
             read, chosen = module.mask_items(seq, model.n_items, model.cfg.mask_ratio)
             real, position = F.pad(seq != 0, (0, 1), value=True), model.position[-seq.shape[1] - 1:, None]
             answers = torch.cat([seq * chosen, answer[:, None]], 1)                # 0: nothing to predict here
-            with precision(device):
+            with train.precision(device):
                 E, has = model.encoder.embed(F.pad(read, (0, 1)).flatten())        # every position by itself
                 has = has.unflatten(0, real.shape)
                 x = model.encoder.transform(E.unflatten(0, real.shape), has, real, position)
@@ -173,7 +168,7 @@ def mmsr(data, device, folder):
 
         def step():
             begin = time.perf_counter()
-            with precision(device):
+            with train.precision(device):
                 loss = model(batch)["next_item"]
             update(optimizer, loss)
             return 1 / elapsed(begin, device)
@@ -199,7 +194,7 @@ def srmml(data, device):
             done = 0
             for seq, target in islice(padded_batches(users, 50, model.cfg.batch_size, data.train_seqs.__getitem__), steps):
                 seq, target = seq.to(device), target.to(device).flatten()
-                with precision(device):
+                with train.precision(device):
                     table = model.encode_items()
                     states, target = model.states(seq, table).flatten(0, 1)[target != 0], target[target != 0]
                     loss = sum(checkpoint(loss_of, s, table["point"], model.log_scale.exp(), t, use_reentrant=False)
@@ -287,7 +282,7 @@ def encoding(data, encoder, device):
             texts, begin = sentences[:len(sentences) // share], time.perf_counter()
             for first in range(0, len(texts), 32):
                 x = model.tokenizer(texts[first:first + 32], truncation=True, max_length=256, return_tensors="pt", **padding)
-                with precision(device):
+                with train.precision(device):
                     model.pool(x.to(device)).cpu()
             return len(texts) / elapsed(begin, device)
         return run

@@ -295,6 +295,11 @@ class ItemRows:
             yield {"item": on_device[first:first + batch_size]}, order[first:first + batch_size]
 
 
+def precision(device):
+    """Mixed precision on a GPU: the context that a forward pass runs in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def train_epoch(model, forward, optimizer, rows, batch_size, rng, clip_norm, device, where):
     """One pass over the rows; mean of each loss term by name. Raises UserError where a loss is not finite."""
     model.train()
@@ -303,7 +308,7 @@ def train_epoch(model, forward, optimizer, rows, batch_size, rng, clip_norm, dev
     steps = tqdm(rows.epoch(batch_size, rng), desc=where, unit=" steps", leave=False, disable=None,
                  total=-(-len(rows) // batch_size))
     for batch, index in steps:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with precision(device):
             terms = forward(batch)
             loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)

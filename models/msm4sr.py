@@ -139,11 +139,12 @@ class ModalityEncoder(nn.Module):
     def forward(self, ids=None):
         """z of the items ids (n,), or of all: (n, d_0). Item by item the same as one by one."""
         if ids is not None:
-            return self.encode(self.x[self.row[ids]], self.mask[self.row[ids]])
-        parts = zip(self.x.split(CHUNK), self.mask.split(CHUNK))
+            rows = self.row[ids]
+            return self.encode(self.x[rows], self.mask[rows])
         if len(self.x) <= CHUNK:
             z = self.encode(self.x, self.mask)
         else:                                                                      # computed again in the backward pass
+            parts = zip(self.x.split(CHUNK), self.mask.split(CHUNK))
             z = torch.cat([checkpoint(self.encode, *part, use_reentrant=False) for part in parts])
         return z if len(z) == len(self.row) else F.embedding(self.row, z)
 
@@ -283,7 +284,7 @@ class Pretrain(nn.Module):
         for m, own, other in zip(STACKS, h, h.flip(0)):
             m_hat, m_tilde = self.W[m](own), self.W[m](other)                      # eq. (6)
             if cfg.use_nip:
-                has = m2se.encoders[m].row[target] > 0                              # P4; padding has no row
+                has = m2se.encoders[m].row[target] > 0                             # P4; padding has no row
                 losses[f"nip_{m}"] = nip(m_hat, m_tilde, z[m][answer], *among(has), cfg.tau)
             if cfg.use_cmcl:
                 losses[f"cmcl_{m}"] = cfg.lam * cmcl(m_hat, m_tilde, *among(target != 0), cfg.tau)
@@ -323,7 +324,7 @@ class MSM4SR(Pretrain):
         return torch.cat([F.normalize(s, dim=-1) if self.cfg.cosine else s for s in h], -1)                    # P14
 
     def forward(self, batch):
-        z, target = self.m2se.items(of=tuple(STACKS) if self.cfg.e2e else self.scored), batch["target"]
+        z, target = self.m2se.items() if self.cfg.e2e else None, batch["target"]   # eq. (11) reads both modalities
         table = self.encode_items(z)
         states = self.states(batch["seq"], table)                                  # (B, L, 2 D)
         if self.cfg.prefixes:                                                      # one target a row, the last

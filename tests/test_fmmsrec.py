@@ -363,7 +363,6 @@ def test_positions_are_counted_from_the_end(training, monkeypatch):
     torch.testing.assert_close(model.score(batch, table), before)
 
 
-@torch.no_grad()
 def test_a_new_model_hears_the_order_of_a_history():
     """Next to what a changed item does: positions that the sum with the features drowns would not reach a hundredth."""
     torch.manual_seed(0)
@@ -377,6 +376,7 @@ def test_a_new_model_hears_the_order_of_a_history():
     assert (turned - h).norm() > .1 * (changed - h).norm()
 
 
+@torch.no_grad()
 def test_order_matters_and_nothing_is_causal():
     model = make()
     table = model.encode_items()
