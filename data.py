@@ -236,7 +236,8 @@ SPLITS = {"leave_one_out": _leave_one_out, "temporal": _temporal}
 def training_parts(sets, warm=False) -> Data:
     """The training parts of one or several data sets as one that is nothing but training, for pre-training.
 
-    Item ids of the second set follow those of the first. warm: without the items that are cold in their set.
+    Item ids of the second set follow those of the first. warm: without the items that are cold in their set. Raises
+    UserError where that leaves nothing to learn from.
     """
     flat, lengths, n_items = [], [], 0
     for data in sets:
@@ -249,19 +250,31 @@ def training_parts(sets, warm=False) -> Data:
     flat, lengths = np.concatenate(flat), np.concatenate(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
     about = {"name": "+".join(data.name for data in sets)}
+    if warm and lengths.max() < 2:
+        raise UserError(f"nobody in {about['name']} has two warm items ({COLD} training occurrences or more) to pre-train on: "
+                        f"leave --cold_start out")
     joined = Data(sets[0].folder, about, flat, offsets, np.zeros_like(flat), n_items, "leave_one_out")
     joined.train_end, joined.targets = offsets[1:].copy(), {}
     return joined
 
 
+def align_widths(catalogs):
+    """Give a modality that a set lacks wholly the feature width of the others, in place. Raises UserError if they differ."""
+    for key in [k for k, v in catalogs[0].items() if torch.is_tensor(v) and v.is_floating_point()]:
+        widths = {c[key].shape[-1] for c in catalogs if c[key].any()}
+        if len(widths) > 1:
+            raise UserError(f"the features {key} of the data sets differ in width ({', '.join(map(str, sorted(widths)))}): "
+                            f"give one --text and one --image encoder for all of them")
+        for catalog in catalogs:
+            if widths and not catalog[key].any():
+                catalog[key] = catalog[key].new_zeros(*catalog[key].shape[:-1], *widths)
+
+
 def join_catalogs(catalogs, joined) -> dict:
-    """Catalogs of the sets that training_parts joined, as one. Raises UserError for features of different widths."""
+    """Catalogs, of equal feature widths, of the sets that training_parts joined, as one."""
     def below(key, parts):
         if isinstance(parts[0], list):
             return [*parts[0], *(row for part in parts[1:] for row in part[1:])]
-        if parts[0].is_floating_point() and len({part.shape[-1] for part in parts}) > 1:
-            raise UserError(f"the features {key} of {joined.name} differ in width: give one --text and one --image encoder "
-                            f"for all data sets")
         if parts[0].dim() == 3 or key.endswith("_mask"):         # stacks are filled up to the highest
             high = max(part.shape[1] for part in parts)
             parts = [torch.cat([p, p.new_zeros(len(p), high - p.shape[1], *p.shape[2:])], 1) for p in parts]

@@ -114,9 +114,10 @@ def configure(module, args, data_name):
     for name, value in given.items():
         if name in ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience") and value < 1:
             raise UserError(f"--{name} {value} is too small: it must be at least 1")
-        if name in ("lr", "pretrain_lr") and not 0 < value < np.inf or name == "weight_decay" and not 0 <= value < np.inf \
-                or name == "dropout" and not 0 <= value < 1:
-            raise UserError(f"--{name} {value} makes no sense: rates are above 0, dropout is from 0 to below 1")
+        if name in ("lr", "pretrain_lr") and not 0 < value < np.inf or name == "dropout" and not 0 <= value < 1 \
+                or name in ("weight_decay", "pretrain_epochs") and not 0 <= value < np.inf:
+            raise UserError(f"--{name} {value} makes no sense: learning rates are above 0, dropout is from 0 to below "
+                            f"1, the rest is not negative")
     if preset:
         print(f"settings for {data_name}: " + ", ".join(f"{k} {v}" for k, v in preset.items() if k not in given))
     return module.Config(**{**preset, **given})
@@ -149,20 +150,35 @@ def build_catalog(module, data, text, image, device):
     return catalog
 
 
-def pretraining(args, module, data, catalog, device):
+def pretraining(args, module, cfg, data, catalog, device):
     """(data, catalog) of the pre-training stage: those of the run, unless --pretrain-data or --cold_start say otherwise."""
-    sets, catalogs = [data], [catalog]
-    if (args.pretrain_data or args.cold_start) and not hasattr(module, "Pretrain"):
-        raise UserError(f"{args.model} is not pre-trained: leave --pretrain-data and --cold_start out")
-    if (args.pretrain_data or args.cold_start) and args.init:
-        raise UserError("--init takes over a pre-training that is done: leave --pretrain-data and --cold_start out")
-    if args.pretrain_data:
-        sets = [datasets.load(name, split=args.split) for name in args.pretrain_data.split(",")]
-        catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]
-    elif not args.cold_start:
+    if args.pretrain_data is None and not args.cold_start:
         return data, catalog
+    sets, catalogs, ours = [data], [catalog], encoders_of(module, data, args)
+    why = f"{args.model} is not pre-trained" if not hasattr(module, "Pretrain") else \
+        "--init takes over a pre-training that is done" if args.init else \
+        "--pretrain_epochs 0 is no pre-training" if cfg.pretrain_epochs == 0 else None
+    if why:
+        raise UserError(f"{why}: leave --pretrain-data and --cold_start out")
+    if args.pretrain_data is not None:
+        names = [name.strip() for name in args.pretrain_data.split(",")]
+        if not all(names):
+            raise UserError(f"--pretrain-data {args.pretrain_data!r} is not a list of data sets such as A or A,B")
+        sets = [datasets.load(name, split=args.split, mirror=args.mirror) for name in names]
+        for other in sets:
+            if (theirs := encoders_of(module, other, args)) != ours:
+                raise UserError(f"{other.name} has features of {' and '.join(theirs.values())}, {data.name} of "
+                                f"{' and '.join(ours.values())}: give one --text and one --image encoder for both")
+        catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]
+        datasets.align_widths([catalog, *catalogs])
     joined = datasets.training_parts(sets, args.cold_start)
     return joined, datasets.join_catalogs(catalogs, joined)
+
+
+def encoders_of(module, data, args):
+    """{modality: encoder} of the features that a model file READS."""
+    named = extract_features.encoders(data, args.text, args.image)
+    return {m: named[m] for m, keys in extract_features.KEYS.items() if set(module.READS) & set(keys)}
 
 
 def build(model_class, cfg, catalog, device, seed):
@@ -392,7 +408,7 @@ def train(args, module, cfg, data, catalog, first, device, run):
     """
     tensors, progress = load_tensors(run / "state.safetensors") if (run / "state.safetensors").is_file() else ({}, None)
     _cut_log(run / "log.jsonl", progress)
-    pretrained = load_pretrained(module, args.init)
+    pretrained = load_pretrained(module, args.init, encoders_of(module, data, args))
     for stage in stages_of(module, cfg):
         if stage.name == "pretrain" and args.init:
             continue
@@ -402,7 +418,8 @@ def train(args, module, cfg, data, catalog, first, device, run):
             try:
                 model.init_from(pretrained)
             except ValueError as e:
-                raise UserError(f"{args.init or weights} does not fit {args.model} on {data.name}: {e}") from None
+                raise UserError(f"{args.init or run / 'pretrain.safetensors'} does not fit {args.model} on {data.name}: "
+                                f"{e}") from None
         if not any(p.requires_grad for p in model.parameters()):       # a floor: nothing to train
             save_tensors(weights, model.state_dict())
             return model, {"stage": stage.name, "epoch": 0, "best_epoch": 0, "seconds": 0.0}
@@ -418,8 +435,11 @@ def train(args, module, cfg, data, catalog, first, device, run):
     return model, done
 
 
-def load_pretrained(module, run):
-    """Pre-trained weights of a run's folder (None: none), its pre-training stage's or, without one, its best. UserError."""
+def load_pretrained(module, run, encoders):
+    """Pre-trained weights of a run's folder (None: none), its pre-training stage's or, without one, its best. UserError.
+
+    encoders: those of this run's features; a line is printed where they were others.
+    """
     if run is None:
         return None
     if not hasattr(module.Model, "init_from"):
@@ -427,6 +447,11 @@ def load_pretrained(module, run):
     path = next((p for p in (Path(run) / "pretrain.safetensors", Path(run) / "model.safetensors") if p.is_file()), None)
     if path is None:
         raise UserError(f"--init {run} holds no weights: give the folder of a run that is finished")
+    config = Path(run) / "config.json"
+    theirs = read_json(config).get("encoders", encoders) if config.is_file() else encoders
+    if theirs != encoders:
+        print(f"warning: {run} was trained on features of {' and '.join(theirs.values())}, here they are of "
+              f"{' and '.join(encoders.values())}")
     return load_tensors(path)[0]
 
 
@@ -453,7 +478,7 @@ def run_seed(args, module, cfg, data, catalog, first, device):
                 "seed": args.seed, "split": args.split, "text": args.text, "image": args.image,
                 "mask_history": args.mask_history, "clip_norm": args.clip_norm, "train_share": args.train_share,
                 "pretrain_data": args.pretrain_data, "cold_start": args.cold_start, "init": args.init,
-                "config": dataclasses.asdict(cfg),
+                "encoders": encoders_of(module, data, args), "config": dataclasses.asdict(cfg),
                 "sequences_sha256": data.about["sequences_sha256"]}
     open_folder(run, settings, args.resume)
     if args.resume and (run / "metrics.json").is_file():
@@ -502,7 +527,7 @@ def main():
     data = datasets.load_for(args)
     cfg = configure(module, args, data.name)
     catalog = build_catalog(module, data, args.text, args.image, device)
-    first = pretraining(args, module, data, catalog, device)
+    first = pretraining(args, module, cfg, data, catalog, device)
     results = []
     for args.seed in seeds:
         run, result = run_seed(args, module, cfg, data, catalog, first, device)

@@ -16,13 +16,15 @@ must agree with its content (NIP) and with each other (CMCL). Fine-tuning adds a
 
 Readings, where the paper is silent, misprinted or differs from the code its authors released:
   P1-P3    keywords, sentences and their vectors are the feature extractor's matter; both modalities may differ in width.
+           Where an item has one vector per modality, as with CLIP features of a title and a picture, eq. 3 has no choice.
   P4       eq. 3: slots without a vector get no attention. An item without the modality has z = 0 and is no target and no
            negative of that modality's NIP. W_1 and W_2 learn (the code cuts their gradient).
   P5       eqs. 4-5: experts with bias, all of them used; the gate has none, no noise, and starts even.
-  P6-P7    each item is dropped with probability rho, one stays at least, the rest moves up. One p from U(0, 0.5) per batch;
-           M^t and M^v come from the same draw; padding is never swapped.
+  P6-P7    each item is dropped with probability rho, its pair (P15) with it, one stays at least, the rest moves up. One p
+           from U(0, 0.5) per batch; M^t and M^v come from the same draw; padding is never swapped, a missing modality is.
   P8       last rows: causal Transformer, LayerNorm after the residual sums, GELU, as in BERT; positions from the end.
-  P9       eq. 6 as printed (the released command leaves it out: use_proj false, then W_t = W_v = 1).
+  P9       eq. 6 as printed. use_proj false is W_t = W_v = 1, where both CMCL terms are the same; the released command, which
+           leaves W out, has one of them, and mhat alone in NIP.
   P10-P11  eqs. 7-10: cosine, log-sum-exp, means over the pairs; eq. 9 symmetric, the second direction by columns. A row
            with the same target is no negative: -inf, not 0.
   P13-P14  pre-training runs to its last epoch, unvalidated. eq. 12: cosines over tau, as the code has it (or cosine false).
@@ -72,16 +74,20 @@ class MSM4SRConfig:
     use_id: bool = True                  # false: fine-tuning without ID embeddings, for cold items, Table V
     freeze_transformer: bool = False     # fine-tuning leaves the pre-trained Transformer as it is, Table VI
     lr: float = 1e-3                     # of fine-tuning; searched in 1e-4, 5e-4, 1e-3 (Implementation Details)
-    weight_decay: float = 0.0            # the paper searched in 1e-4, 5e-4, 1e-3 (Implementation Details)
-    batch_size: int = 200                # sequences of about 5 pairs each: the paper's 1024 pairs (P15)
+    weight_decay: float = 0.0            # of both stages; the paper searched in 1e-4, 5e-4, 1e-3 (Implementation Details)
+    batch_size: int = 200                # sequences of 5 pairs: the paper's 1024 (P15), squared in pre-training's memory
     epochs: int = 300                    # of fine-tuning, at most; not in the paper
     patience: int = 10                   # "does not increase for 10 epochs"
     pretrain_epochs: int = 300           # "pre-trained for 300 epochs"; 0: w/o Pre-train, Table III
     pretrain_lr: float = 1e-3            # "learning rate to 0.001"
-    prefixes: bool = False               # P15
+    prefixes: bool = False               # P15; one target a row, in fine-tuning
 
 
-PRESETS = {"scientific-mm": dict(batch_size=256, pretrain_epochs=40), "demo": dict(batch_size=128, pretrain_epochs=5)}
+PRESETS = {
+    "scientific-mm": dict(batch_size=256, pretrain_epochs=40), "demo": dict(batch_size=128, pretrain_epochs=5),
+    "beauty": dict(batch_size=512, lr=2e-3, tau=0.1, dropout=0.3, epochs=40, patience=3, pretrain_epochs=10),
+    "ml100k": dict(batch_size=32),                                                 # long histories
+}
 
 
 class SoftmaxLoss(torch.autograd.Function):
@@ -183,8 +189,10 @@ class M2SE(nn.Module):
 
     def __init__(self, cfg, catalog):
         super().__init__()
-        if cfg.dim % cfg.heads or not (0 <= cfg.rho < 1 and 0 <= cfg.p_max <= .5 and cfg.tau > 0):
-            raise ValueError("dim is a multiple of heads, rho from 0 to below 1, p_max from 0 to 0.5, tau above 0")
+        if cfg.dim % cfg.heads or not (0 <= cfg.rho < 1 and 0 <= cfg.p_max <= .5 and cfg.tau > 0 and cfg.lam >= 0):
+            raise ValueError("dim is a multiple of heads, rho from 0 to below 1, p_max from 0 to 0.5, tau above 0, lam >= 0")
+        if min(cfg.attention_dim, cfg.experts) < 1:
+            raise ValueError("attention_dim and experts are at least 1")
         if cfg.e2e and cfg.pretrain_epochs or (cfg.e2e or cfg.pretrain_epochs) and not (cfg.use_nip or cfg.use_cmcl):
             raise ValueError("pretrain_epochs must be 0 for e2e, and without NIP and CMCL")
         self.encoders = nn.ModuleDict({m: ModalityEncoder(cfg, catalog[name], catalog[name + "_mask"])

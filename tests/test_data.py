@@ -177,8 +177,13 @@ def test_joined_catalogs(tmp_path):
     assert whole["sentences"].shape == (42, 3, 4) and torch.equal(whole["sentences"][21:], b["sentences"][1:])
     assert torch.equal(whole["sentences"][:21, :2], a["sentences"]) and not whole["sentences_mask"][:21, 2].any()
     assert torch.equal(whole["text"], torch.cat([a["text"], b["text"][1:]])) and whole["lang"].shape == (42,)
-    with pytest.raises(UserError, match="differ in width"):
-        datasets.join_catalogs([a, make(21, 2, 5)], joined)
+    with pytest.raises(UserError, match=r"differ in width \(4, 5\)"):
+        datasets.align_widths([a, make(21, 2, 5)])
+    none = make(21, 2, 1) | {"sentences": torch.zeros(22, 1, 1), "sentences_mask": torch.zeros(22, 1, dtype=torch.bool),
+                             "text": torch.zeros(22, 1)}
+    datasets.align_widths([none, a])                             # a set without texts takes the width of the other
+    assert none["sentences"].shape == (22, 1, 4) and none["text"].shape == (22, 4) and not none["text"].any()
+    assert datasets.join_catalogs([a, none], joined)["text"].shape == (42, 4)
 
 
 def test_a_share_of_the_users_trains_and_all_are_evaluated(shop, tmp_path):

@@ -441,6 +441,7 @@ def test_only_id_embeddings_tell_items_of_equal_content_apart():
 
 @pytest.mark.parametrize("kind", ["Pretrain", "Model"])
 @pytest.mark.parametrize("changes", [dict(heads=3), dict(tau=0.), dict(rho=1.), dict(p_max=.6),
+                                     dict(lam=-.1), dict(experts=0), dict(attention_dim=-1),
                                      dict(e2e=True, pretrain_epochs=1),
                                      dict(use_nip=False, use_cmcl=False, pretrain_epochs=1)])
 def test_settings_that_make_no_sense_are_refused(kind, changes):

@@ -277,6 +277,35 @@ def test_pre_training_on_other_sets_and_starting_from_its_weights(shop, tmp_path
     assert set(stages) == {"train"}
 
 
+def picture_shop(folder, **kwargs):
+    rows = map(json.loads, (write_shop(folder, **kwargs) / "items.jsonl").read_text().splitlines())
+    Image.new("RGB", (8, 8), "red").save(folder / "a.png"), Image.new("RGB", (8, 8), "blue").save(folder / "b.png")
+    (folder / "items.jsonl").write_text("".join(
+        json.dumps(row | {"images": [("a.png", "b.png")[n % 2]]}) + "\n" for n, row in enumerate(rows)))
+
+
+def test_pre_training_across_sets_with_and_without_pictures(shop, tmp_path):
+    picture_shop(tmp_path / "seen", seed=1, items=20), write_shop(tmp_path / "blind", seed=2, items=25)
+    width = lambda data: train.load_tensors(tmp_path / "runs" / f"msm4sr-{data}-0" / "model.safetensors")[0][
+        "m2se.encoders.image.W_k.weight"].shape[1]
+    run("train.py", *PRETRAIN, "--data", "shop", "--pretrain-data", "seen", cwd=tmp_path)
+    assert width("shop") > 1
+    run("train.py", *PRETRAIN, "--data", "seen", "--pretrain-data", "blind, shop", cwd=tmp_path)
+    assert width("seen") == width("shop")
+    run("train.py", *PRETRAIN, "--data", "blind", "--pretrain-data", "shop", cwd=tmp_path)
+    assert width("blind") == 1
+
+
+def test_weights_of_other_features_are_named(shop, tmp_path):
+    run("train.py", *PRETRAIN, "--data", "shop", "--out", "first", cwd=tmp_path)
+    config = tmp_path / "first" / "msm4sr-shop-0" / "config.json"
+    assert json.loads(config.read_text())["encoders"] == {"text": "hash", "image": "pixels"}
+    again = lambda: run("train.py", *PRETRAIN, "--data", "shop", "--init", "first/msm4sr-shop-0", cwd=tmp_path).stdout
+    assert "warning" not in again()
+    config.write_text(config.read_text().replace('"hash"', '"org/bert"'))
+    assert "warning: first/msm4sr-shop-0 was trained on features of org/bert and pixels, here they are of hash and pixels" in again()
+
+
 def test_cold_start_pre_trains_without_cold_items(shop, tmp_path, monkeypatch):
     seen = []
 
@@ -301,8 +330,14 @@ def test_cold_start_pre_trains_without_cold_items(shop, tmp_path, monkeypatch):
     (("--model", "sasrec", "--cold_start"), "sasrec is not pre-trained"),
     ((*PRETRAIN, "--init", "narrow"), "does not fit msm4sr on shop"),
     ((*PRETRAIN, "--train_share", "0"), "--train_share"),
+    ((*PRETRAIN, "--pretrain_epochs", "0", "--cold_start"), "--pretrain_epochs 0 is no pre-training"),
+    ((*PRETRAIN, "--pretrain_epochs", "-1"), "--pretrain_epochs -1"),
+    ((*PRETRAIN, "--experts", "0"), "experts are at least 1"),
+    ((*PRETRAIN, "--data", "rare", "--cold_start"), "leave --cold_start out"),
+    ((*PRETRAIN, "--pretrain-data", "rare,"), "is not a list of data sets"),
     ((*PRETRAIN, "--pretrain-data", "elsewhere"), "neither a folder nor a known data set")])
 def test_bad_pre_training_is_one_sentence(shop, tmp_path, args, sentence):
+    write_shop(tmp_path / "rare", users=20, items=90)
     (tmp_path / "narrow").mkdir()
     train.save_tensors(tmp_path / "narrow" / "pretrain.safetensors", {"x": torch.zeros(2)})
     done = run("train.py", "--data", "shop", *CONTENT, *args, cwd=tmp_path, ok=False)
