@@ -26,7 +26,8 @@ Readings, where the paper is silent, misprinted or differs from the code its aut
   P9       eq. 6 as printed. use_proj false is W_t = W_v = 1, where both CMCL terms are the same; the released command, which
            leaves W out, has one of them, and mhat alone in NIP.
   P10-P11  eqs. 7-10: cosine, log-sum-exp, means over the pairs; eq. 9 symmetric, the second direction by columns. A row
-           with the same target is no negative: -inf, not 0.
+           with the same target is no negative: -inf, not 0. Batches of long histories are contrasted in parts: the memory
+           grows with the square of the pairs, of which the paper has 1024.
   P13-P14  pre-training runs to its last epoch, unvalidated. eq. 12: cosines over tau, as the code has it (or cosine false).
   P15      a target at every position instead of one row per prefix, in both stages: the same pairs (S_j, i_j), faster and
            as good on scientific-mm. A user's pairs then share a batch, drop and mixup, and are no negatives to each other.
@@ -38,6 +39,7 @@ Readings, where the paper is silent, misprinted or differs from the code its aut
 Reads from the catalog: n_items, sentences, sentences_mask, pictures, pictures_mask. The stacks are buffers, not weights.
 """
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +51,7 @@ from torch.utils.checkpoint import checkpoint
 READS = ("sentences", "sentences_mask", "pictures", "pictures_mask")
 STACKS = {"text": "sentences", "image": "pictures"}      # t and v of the equations
 CHUNK = 2 ** 16                                          # items whose experts are kept in memory at a time
+PAIRS = 2 ** 11                                          # of a batch, at most, that are contrasted with each other (P10-P11)
 
 
 @dataclass
@@ -75,7 +78,7 @@ class MSM4SRConfig:
     freeze_transformer: bool = False     # fine-tuning leaves the pre-trained Transformer as it is, Table VI
     lr: float = 1e-3                     # of fine-tuning; searched in 1e-4, 5e-4, 1e-3 (Implementation Details)
     weight_decay: float = 0.0            # of both stages; the paper searched in 1e-4, 5e-4, 1e-3 (Implementation Details)
-    batch_size: int = 200                # sequences of 5 pairs: the paper's 1024 (P15), squared in pre-training's memory
+    batch_size: int = 200                # sequences of 5 pairs: the paper's 1024 (P15)
     epochs: int = 300                    # of fine-tuning, at most; not in the paper
     patience: int = 10                   # "does not increase for 10 epochs"
     pretrain_epochs: int = 300           # "pre-trained for 300 epochs"; 0: w/o Pre-train, Table III
@@ -86,7 +89,6 @@ class MSM4SRConfig:
 PRESETS = {
     "scientific-mm": dict(batch_size=256, pretrain_epochs=40), "demo": dict(batch_size=128, pretrain_epochs=5),
     "beauty": dict(batch_size=512, lr=2e-3, tau=0.1, dropout=0.3, epochs=40, patience=3, pretrain_epochs=10),
-    "ml100k": dict(batch_size=32),                                                 # long histories
 }
 
 
@@ -285,17 +287,20 @@ class Pretrain(nn.Module):
         user = batch["user"][:, None].expand_as(seq).flatten()
         if not target.is_cuda:                      # choosing rows would wait for a GPU; trimmed batches are nearly full
             h, answer, user, target = h[:, target != 0], answer[target != 0], user[target != 0], target[target != 0]
-        itself = torch.eye(len(target), dtype=torch.bool, device=target.device)
-        same = (target == target[:, None]) | (user == user[:, None])               # P10, P15: no negatives of each other
-        among = lambda real: ((same | ~real) & ~itself, real / real.sum().clamp(min=1))      # and weights of a mean
-        losses = {}
-        for m, own, other in zip(STACKS, h, h.flip(0)):
-            m_hat, m_tilde = self.W[m](own), self.W[m](other)                      # eq. (6)
-            if cfg.use_nip:
-                has = m2se.encoders[m].row[target] > 0                             # P4; padding has no row
-                losses[f"nip_{m}"] = nip(m_hat, m_tilde, z[m][answer], *among(has), cfg.tau)
-            if cfg.use_cmcl:
-                losses[f"cmcl_{m}"] = cfg.lam * cmcl(m_hat, m_tilde, *among(target != 0), cfg.tau)
+        has = {m: m2se.encoders[m].row[target] > 0 for m in STACKS}                # (R,): P4; padding has no row
+        parts = torch.arange(len(target), device=target.device).tensor_split(max(1, -(-len(target) // PAIRS)))
+        losses = defaultdict(float)
+        for part in parts:
+            t, u, itself = target[part], user[part], torch.eye(len(part), dtype=torch.bool, device=target.device)
+            same = (t == t[:, None]) | (u == u[:, None])                           # P10, P15: no negatives of each other
+            def among(real):                                                       # and weights of a mean over all parts
+                return (same | ~real[part]) & ~itself, real[part] / real.sum().clamp(min=1)
+            for m, own, other in zip(STACKS, h[:, part], h[:, part].flip(0)):
+                m_hat, m_tilde = self.W[m](own), self.W[m](other)                  # eq. (6)
+                if cfg.use_nip:
+                    losses[f"nip_{m}"] += nip(m_hat, m_tilde, z[m][answer[part]], *among(has[m]), cfg.tau)
+                if cfg.use_cmcl:
+                    losses[f"cmcl_{m}"] += cfg.lam * cmcl(m_hat, m_tilde, *among(target != 0), cfg.tau)
         return losses                                                              # eq. (11): the loop minimises the sum
 
 

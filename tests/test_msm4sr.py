@@ -267,7 +267,8 @@ def naive_objectives(model, batch, use_proj=True):
         targets += target[seq.count(0):]
         users += [user] * (len(seq) - seq.count(0))
     R, losses = len(targets), {}
-    no_negative = [[targets[j] == targets[k] or users[j] == users[k] for k in range(R)] for j in range(R)]
+    part = [j for j, part in enumerate(torch.arange(R).tensor_split(-(-R // msm.PAIRS))) for _ in part]
+    no_negative = [[targets[j] == targets[k] or users[j] == users[k] or part[j] != part[k] for k in range(R)] for j in range(R)]
     for m, n in (("text", "image"), ("image", "text")):
         W = model.W[m]
         m_hat, m_tilde = [W(s) for s in h[m]], [W(s) for s in h[n]]                           # eq. (6)
@@ -281,8 +282,9 @@ def values(losses):
     return {k: v.item() for k, v in losses.items()}
 
 
-@pytest.mark.parametrize("use_proj", [True, False])
-def test_pre_training_loss_eqs_6_to_11(use_proj):
+@pytest.mark.parametrize("use_proj, pairs", [(True, msm.PAIRS), (False, msm.PAIRS), (True, 4)])
+def test_pre_training_loss_eqs_6_to_11(use_proj, pairs, monkeypatch):
+    monkeypatch.setattr(msm, "PAIRS", pairs)                     # 4: the batch is contrasted in three parts
     model = make("Pretrain", use_proj=use_proj).eval()
     assert values(model(make_batch())) == pytest.approx(naive_objectives(model, make_batch()))
 
