@@ -108,14 +108,16 @@ def _boolean(text):
 
 def configure(module, args, data_name):
     """Config: its defaults, changed by PRESETS for the data set, changed by flags. Raises UserError for absurd numbers."""
-    names = [f.name for f in dataclasses.fields(module.Config)]
+    defaults = {f.name: f.default for f in dataclasses.fields(module.Config)}
     preset = getattr(module, "PRESETS", {}).get(data_name.removesuffix("-folder"), {})
-    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    given = {n: getattr(args, n) for n in defaults if getattr(args, n) is not None}
     for name, value in given.items():
-        if name in ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience") and value < 1:
+        counts = ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience")
+        if name in counts and value < min(1, defaults[name]):
             raise UserError(f"--{name} {value} is too small: it must be at least 1")
-        if name in ("lr", "pretrain_lr") and not 0 < value < np.inf or name == "dropout" and not 0 <= value < 1 \
-                or name in ("weight_decay", "pretrain_epochs") and not 0 <= value < np.inf:
+        if (name in ("lr", "pretrain_lr", "encoder_lr") and not 0 < value < np.inf
+                or name in ("weight_decay", "encoder_weight_decay", "pretrain_epochs") and not 0 <= value < np.inf
+                or name == "dropout" and not 0 <= value < 1):
             raise UserError(f"--{name} {value} makes no sense: learning rates are above 0, dropout is from 0 to below "
                             f"1, the rest is not negative")
     if preset:
@@ -154,7 +156,7 @@ def pretraining(args, module, cfg, data, catalog, device):
     """(data, catalog) of the pre-training stage: those of the run, unless --pretrain-data or --cold_start say otherwise."""
     if args.pretrain_data is None and not args.cold_start:
         return data, catalog
-    sets, catalogs, ours = [data], [catalog], encoders_of(module, data, args)
+    sets, catalogs, ours = [data], [catalog], encoders_of(module, cfg, data, args)
     why = f"{args.model} is not pre-trained" if not hasattr(module, "Pretrain") else \
         "--init takes over a pre-training that is done" if args.init else \
         "--pretrain_epochs 0 is no pre-training" if cfg.pretrain_epochs == 0 else None
@@ -166,7 +168,7 @@ def pretraining(args, module, cfg, data, catalog, device):
             raise UserError(f"--pretrain-data {args.pretrain_data!r} is not a list of data sets such as A or A,B")
         sets = [datasets.load(name, split=args.split, mirror=args.mirror) for name in names]
         for other in sets:
-            if (theirs := encoders_of(module, other, args)) != ours:
+            if (theirs := encoders_of(module, cfg, other, args)) != ours:
                 raise UserError(f"{other.name} has features of {' and '.join(theirs.values())}, {data.name} of "
                                 f"{' and '.join(ours.values())}: give one --text and one --image encoder for both")
         catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]
@@ -175,17 +177,21 @@ def pretraining(args, module, cfg, data, catalog, device):
     return joined, datasets.join_catalogs(catalogs, joined)
 
 
-def encoders_of(module, data, args):
-    """{modality: encoder} of the features that a model file READS."""
+def encoders_of(module, cfg, data, args):
+    """{modality: encoder}, of the features that a model file READS, or of those that it trains itself."""
     named = extract_features.encoders(data, args.text, args.image)
-    return {m: named[m] for m, keys in extract_features.KEYS.items() if set(module.READS) & set(keys)}
+    return {m: getattr(cfg, f"{m}_encoder", named[m]) for m, keys in extract_features.KEYS.items()
+            if set(module.READS) & set(keys) or hasattr(cfg, f"{m}_encoder")}
 
 
 def build(model_class, cfg, catalog, device, seed):
     """Seeded weights on the device. A setting the model refuses (ValueError) is the user's to mend: UserError."""
     seed_everything(seed)
     try:
-        return model_class(cfg, catalog).to(device)
+        model = model_class(cfg, catalog).to(device)
+        if hasattr(model, "prepare"):            # what it computes once, before its first step
+            model.prepare(device)
+        return model
     except ValueError as e:
         raise UserError(f"{model_class.__name__} refuses its settings: {e}") from None
 
@@ -297,8 +303,8 @@ class Watch:
 class ItemRows:
     """The rows of a stage whose batches are items: each item once per epoch."""
 
-    def __init__(self, data, device):
-        self.users, self.device = np.arange(1, data.n_items + 1), device
+    def __init__(self, items, device):
+        self.users, self.device = items, device
 
     def __len__(self):
         return len(self.users)
@@ -350,7 +356,7 @@ def train_stage(model, stage, cfg, data, args, device, run, resume):
         load_state(resume[0], model, optimizer)
         progress = resume[1]
     if stage.rows == "items":
-        rows = ItemRows(data, device)
+        rows = ItemRows(np.flatnonzero(data.train_counts) if args.cold_start else np.arange(1, data.n_items + 1), device)
     else:
         rows = data.training_rows(stage.rows, cfg.max_len, device)
     missing = ["training rows"] * (len(rows) == 0) + [f"{s} targets" for s, at in data.targets.items() if at.max() < 0]
@@ -408,7 +414,7 @@ def train(args, module, cfg, data, catalog, first, device, run):
     """
     tensors, progress = load_tensors(run / "state.safetensors") if (run / "state.safetensors").is_file() else ({}, None)
     _cut_log(run / "log.jsonl", progress)
-    pretrained = load_pretrained(module, args.init, encoders_of(module, data, args))
+    pretrained = load_pretrained(module, args.init, encoders_of(module, cfg, data, args))
     for stage in stages_of(module, cfg):
         if stage.name == "pretrain" and args.init:
             continue
@@ -438,7 +444,7 @@ def train(args, module, cfg, data, catalog, first, device, run):
 def load_pretrained(module, run, encoders):
     """Pre-trained weights of a run's folder (None: none), its pre-training stage's or, without one, its best. UserError.
 
-    encoders: those of this run's features; a line is printed where they were others.
+    encoders: those of this run; a line is printed where they were others.
     """
     if run is None:
         return None
@@ -450,7 +456,7 @@ def load_pretrained(module, run, encoders):
     config = Path(run) / "config.json"
     theirs = read_json(config).get("encoders", encoders) if config.is_file() else encoders
     if theirs != encoders:
-        print(f"warning: {run} was trained on features of {' and '.join(theirs.values())}, here they are of "
+        print(f"warning: {run} was trained with {' and '.join(theirs.values())}, this run has "
               f"{' and '.join(encoders.values())}")
     return load_tensors(path)[0]
 
@@ -478,7 +484,7 @@ def run_seed(args, module, cfg, data, catalog, first, device):
                 "seed": args.seed, "split": args.split, "text": args.text, "image": args.image,
                 "mask_history": args.mask_history, "clip_norm": args.clip_norm, "train_share": args.train_share,
                 "pretrain_data": args.pretrain_data, "cold_start": args.cold_start, "init": args.init,
-                "encoders": encoders_of(module, data, args), "config": dataclasses.asdict(cfg),
+                "encoders": encoders_of(module, cfg, data, args), "config": dataclasses.asdict(cfg),
                 "sequences_sha256": data.about["sequences_sha256"]}
     open_folder(run, settings, args.resume)
     if args.resume and (run / "metrics.json").is_file():

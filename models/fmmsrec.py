@@ -21,7 +21,7 @@ Readings, where the paper is silent, misprinted or contradicts itself (it number
            is an item without any modality. Positions start with the features' variance: with the usual 0.02 the sum drowns
            them, and a trained model then ranks a shuffled history as it ranks the true one.
   F6-F8    eq 3a: h^i, h^s after a Linear and a LayerNorm each; length 1 where similarities are taken. Blocks: LayerNorm
-           after the residual sums, GELU, inner width 2 dim, one more LayerNorm at the end.
+           after the residual sums, GELU, inner width 2 dim without a dropout of its own, one more LayerNorm at the end.
   F9       L_I, L_S, L_I-S: InfoNCE between two passes with different dropout, of items that have the whole group; all
            weights 1. A third modality adds its groups (all subsets), and its pairs to PWC and PWM.
   F10-F11  eq 4: symmetric InfoNCE, rows and columns of one matrix, mean over the batch; as printed it would be maximised.
@@ -45,6 +45,7 @@ import math
 import time
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class FMMSRecConfig:
     use_text: bool = True                # false: w/o S, ablation of section 4.6
     drop_missing: bool = False           # F5
     optimizer: str = "adam"              # section 4.4
-    schedule: str = "constant"           # of the learning rate; or cosine, linear, step
+    schedule: Literal["constant", "step", "linear", "cosine"] = "constant"          # of the learning rate
     lr: float = 1e-3                     # "Adam optimizer with a learning rate of 0.001" (section 4.4)
     weight_decay: float = 0.0
     batch_size: int = 1024               # rows, or items in pre-training; 8192 in the paper (section 4.4), on 8 GPUs (F25)
@@ -293,7 +294,7 @@ class FMMSRec(nn.Module):
         left = {"logit_scale": ()} | ({"match.weight": (1, self.cfg.dim), "match.bias": (1,)} if self.encoder.M > 1 else {})
         mine = {f"encoder.{k}": tuple(v.shape) for k, v in self.encoder.state_dict().items()}
         if wrong := (mine | left).items() ^ {k: tuple(v.shape) for k, v in state.items()}.items():
-            raise ValueError(f"a pre-trained state holds the weights of Pretrain and no others, here differ {sorted(wrong)}")
+            raise ValueError(f"a pre-trained state holds exactly the weights of Pretrain, here differ {sorted(wrong)[:3]}")
         self.encoder.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("encoder.")})
 
     def encode_items(self):

@@ -23,7 +23,8 @@ decides the shapes, so a GPU is waited for a few times a step. Readings, of what
    6. merge-attention is BERT's layer (post-norm), and adds the modality embeddings that the code makes and forgets;
       co-attention is LXMERT's: one cross-attention for both directions, then own self-attention and feed-forward.
    7. padding is zero where a user encoder or a convolution reads it (in the code it is an encoded blank item).
-   8. layers: SASRec 2, GRU 4, NextItNet 2 (appendix B). Positions are counted from the end.
+   8. layers: SASRec 2, GRU 4, NextItNet 2 (appendix B). Positions are counted from the end. SASRec's attention has biases,
+      texts keep their case.
    9. eq. (6): one negative, uniform over the items that the user's training sequence lacks. `--loss in_batch`: softmax over
       the targets of the batch minus log popularity, without the user's own items, as in the authors' MoRec.
   10. the learning rate drops to a tenth at 80 % of the epochs: the code's step, where the paper says "linearly".
@@ -74,14 +75,14 @@ class MMSRConfig:
     dropout: float = 0.1                 # section 4.2: from .1, .3, .5
     max_len: int = 20                    # appendix C
     optimizer: str = "adamw"             # section 4.2
-    schedule: str = "step"               # to a tenth at 80 % of the epochs, section 4.2
+    schedule: Literal["constant", "step", "linear", "cosine"] = "step"    # to a tenth at 80 % of the epochs, section 4.2
     lr: float = 1e-4                     # section 4.2
     encoder_lr: float = 5e-5             # of the top blocks, Table 12
     weight_decay: float = 0.1            # section 4.2
     encoder_weight_decay: float = 0.0    # section 4.2
     batch_size: int = 64                 # section 4.2: from 64, 128, 256
     epochs: int = 150                    # section 4.2
-    patience: int = 10
+    patience: int = 10                   # ours
     prefixes: bool = False               # dense next-item prediction, appendix B
 
 
@@ -179,9 +180,12 @@ class Tower(nn.Module):
         self.register_buffer("row_of", torch.tensor([0, *map(row.get, wanted[1:])]), persistent=False)
         self.inputs, self.hidden, self.start, self.unreadable = list(row), None, None, 0
         if modality == "text":
+            room = config.max_position_embeddings - (config.pad_token_id + 1 if self.kind == "roberta" else 0)
+            if not 3 <= cfg.max_tokens <= room:
+                raise ValueError(f"max_tokens {cfg.max_tokens} of {cfg.text_encoder} must be from 3 to {room}")
             self.inputs = other(self.inputs, max_length=cfg.max_tokens, truncation=True)["input_ids"]
         else:
-            size = getattr(config, "image_size", 64 if "tiny" in cfg.image_encoder else 224)
+            size = getattr(config, "image_size", 64 if cfg.image_encoder.partition("-")[0] == "tiny" else 224)
             self.size, (self.mean, self.std) = np.ravel(size)[0].item(), torch.tensor(other)[..., None, None]
         self.train()
 
@@ -225,7 +229,7 @@ class Tower(nn.Module):
         if self.hidden is not None:
             return
         if self.cfg.cache == "off":
-            self.hidden = [self.read(x) for x in self.inputs]
+            self.hidden = self.inputs
             return
         n, dtype = len(self.inputs), {"fp16": np.float16, "fp32": np.float32}[self.cfg.cache]
         path = Path(self.cfg.cache_dir) / f"{self.modality}-{self.fingerprint()}.{self.cfg.cache}"
@@ -272,7 +276,7 @@ class Tower(nn.Module):
 
     def boundary(self, rows):                                    # rows of the inputs (R,) -> (R, T, width), mask (R, T)
         if self.start is None:           # no cache
-            return self.below([self.hidden[row] for row in rows.tolist()], rows.device)
+            return self.below([self.read(self.hidden[row]) for row in rows.tolist()], rows.device)
         length = self.start[rows + 1] - self.start[rows]
         place = torch.arange(int(length.max()), device=rows.device)
         mask = place < length[:, None]
@@ -283,10 +287,12 @@ class Tower(nn.Module):
         rows, back = self.row_of[items].unique(return_inverse=True)
         x, mask = self.boundary(rows)
         side = (int(x.shape[1] ** .5),) * 2
-        look = mask[:, None, None].expand(-1, 1, x.shape[1], -1)                   # (R, 1, T, T) True = may look
-        look = look.tril() if self.kind == "clip_text_model" else look
-        look = torch.zeros_like(look, dtype=x.dtype).masked_fill(~look, torch.finfo(x.dtype).min)
-        also = {"resnet": (), "swin": (side,)}.get(self.kind, (look if self.modality == "text" else None,))
+        if self.modality == "text":
+            look = mask[:, None, None].expand(-1, 1, x.shape[1], -1)               # (R, 1, T, T) True = may look
+            look = look.tril() if self.kind == "clip_text_model" else look
+            also = (torch.zeros_like(look, dtype=x.dtype).masked_fill(~look, torch.finfo(x.dtype).min),)
+        else:
+            also = {"resnet": (), "swin": (side,)}.get(self.kind, (None,))
         x = x.mT.unflatten(2, side) if self.kind == "resnet" else x
         for block in self.blocks:
             x = block(x, *also)
@@ -436,7 +442,7 @@ class MMSR(nn.Module):
     def items(self, ids):
         """Item vectors (U, D) of ids (U,); zero for padding."""
         if self.item is not None:
-            return self.item(ids)
+            return self.item(ids) * (ids != 0)[:, None]
         tokens = []
         for modality, tower in self.towers.items():
             tower.prepare(ids.device)
@@ -482,6 +488,11 @@ class MMSR(nn.Module):
     def score(self, batch, table):                                                 # -> (B, N+1)
         real = batch["seq"] != 0
         return self.user(table[batch["seq"]] * real[..., None], real)[:, -1] @ table.T
+
+    def prepare(self, device):
+        """Fill or open the caches now, and not in the first step. Raises ValueError."""
+        for tower in self.towers.values():
+            tower.prepare(device)
 
     def init_from(self, state):
         """Start from the weights of a model of any catalog. Raises ValueError unless they are exactly these weights."""

@@ -319,7 +319,7 @@ class MSM4SR(Pretrain):
     def init_from(self, state):
         """Take over a state of Pretrain: the ID table is new, the projections of eq. (6) are left behind, nothing else."""
         if wrong := self.pretrained ^ {(k, *v.shape) for k, v in state.items()}:
-            raise ValueError(f"a pre-trained state holds the weights of Pretrain and no others, here differ {sorted(wrong)}")
+            raise ValueError(f"a pre-trained state holds exactly the weights of Pretrain, here differ {sorted(wrong)[:3]}")
         self.m2se.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("m2se.")})
         if self.cfg.freeze_transformer:                                            # P18: its input's LayerNorm learns
             self.m2se.position.requires_grad_(False), self.m2se.blocks.requires_grad_(False)

@@ -61,8 +61,6 @@ def shaken(model, by=.1):
             if name in ("position", "kinds"):                    # a part alone leaves them to the whole model
                 weight.zero_()
             weight += by * torch.randn_like(weight)
-        if getattr(model, "item", None) is not None:
-            model.item.weight[0] = 0
     return model
 
 
@@ -176,6 +174,15 @@ def test_dropout_is_where_the_definitions_have_it(tmp_path):
         z = [fusion.train(mode)(*tokens_of()) for mode in (True, True, False, False)]
         assert torch.equal(z[0], z[1]) != noisy and torch.equal(z[2], z[3])
     assert mmsr.Fusion(mmsr.Config(fusion="co"), None).cross.num_heads == 12       # 768 numbers: 12 heads, as in BERT
+
+
+@pytest.mark.parametrize("loss", ["bce", "in_batch"])
+@pytest.mark.parametrize("user_encoder", ["sasrec", "gru", "nextitnet"])
+def test_with_ids_padding_changes_no_loss(user_encoder, loss, tmp_path):
+    model, batch = make(tmp_path, item_encoder="id", user_encoder=user_encoder, loss=loss), make_batch()
+    assert not model.items(torch.tensor([0])).any()
+    wider = batch | {k: torch.nn.functional.pad(batch[k], (2, 0)) for k in ("seq", "target")}
+    assert loss_and_gradients(model, wider)[0].item() == pytest.approx(loss_and_gradients(model, batch)[0].item(), rel=1e-5)
 
 
 def test_one_modality_is_the_masked_mean_of_its_projected_tokens(tmp_path):
@@ -730,3 +737,14 @@ def test_checkpoints_in_folders(folders, tmp_path):
         with pytest.raises(ValueError, match=f"{m}_encoder.*lacks weights"):
             make(tmp_path, **changes)
         save_file(weights, path, {"format": "pt"})
+
+
+def test_states_beyond_fp16_end_a_run_in_one_sentence(folders, tmp_path):
+    folders["text"].embeddings.LayerNorm.bias.data += 1e5
+    folders["text"].save_pretrained(tmp_path / "text")
+    write_shop(tmp_path / "shop")
+    train = lambda *more, ok: run("train.py", "--model", "mmsr", "--data", "shop", "--text_encoder", tmp_path / "text", "--modality",
+                                  "text", "--tune_blocks", 3, "--dim", 16, "--epochs", 1, *more, cwd=tmp_path, ok=ok)
+    refused = train(ok=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "give cache fp32" in refused.stderr
+    train("--cache", "fp32", ok=True)

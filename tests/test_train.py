@@ -20,6 +20,7 @@ from sources import common
 from sources.common import UserError
 
 CONTENT = ("--text", "hash", "--image", "pixels")
+TINY = ("--text_encoder", "tiny", "--image_encoder", "tiny", "--dim", 16, "--epochs", 1)
 SMALL = (*CONTENT, "--dim", 16, "--epochs", 4, "--batch_size", 16)
 
 TOY = '''
@@ -247,6 +248,9 @@ def test_resume_refuses_other_settings(shop, tmp_path):
     (("--model", "sasrec", "--data", "shop", "--seed", "-1"), "--seed"),
     (("--model", "sasrec", "--data", "shop", "--out", "/proc/nowhere"), "error: "),
     (("--model", "mdsrec", "--data", "shop", *CONTENT, "--neighbors", "-1"), "neighbors must be"),
+    (("--model", "fmmsrec", "--data", "shop", *CONTENT, "--schedule", "square"), "invalid choice"),
+    (("--model", "mmsr", "--data", "shop", *TINY, "--max_tokens", "2"), "max_tokens 2 of tiny must be from 3 to 512"),
+    (("--model", "mmsr", "--data", "shop", *TINY, "--encoder_lr", "-1"), "--encoder_lr -1"),
     (("--model", "sasrec", "--data", "three"), "no training rows")])
 def test_bad_input_is_one_sentence_and_exit_code_2(shop, tmp_path, args, sentence):
     (tmp_path / "three").mkdir()
@@ -303,23 +307,25 @@ def test_weights_of_other_features_are_named(shop, tmp_path):
     again = lambda: run("train.py", *PRETRAIN, "--data", "shop", "--init", "first/msm4sr-shop-0", cwd=tmp_path).stdout
     assert "warning" not in again()
     config.write_text(config.read_text().replace('"hash"', '"org/bert"'))
-    assert "warning: first/msm4sr-shop-0 was trained on features of org/bert and pixels, here they are of hash and pixels" in again()
+    assert "warning: first/msm4sr-shop-0 was trained with org/bert and pixels, this run has hash and pixels" in again()
 
 
-def test_cold_start_pre_trains_without_cold_items(shop, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["msm4sr", "fmmsrec"])
+def test_cold_start_pre_trains_without_cold_items(model, shop, tmp_path, monkeypatch):
     seen = []
 
     def epoch(model, forward, optimizer, rows, *args):
-        seen.append(set(rows.flat.tolist()))
+        seen.append(set((rows.users if isinstance(rows, train.ItemRows) else rows.flat).tolist()))
         return train_epoch(model, forward, optimizer, rows, *args)
 
     train_epoch = train.train_epoch
     monkeypatch.setattr(train, "train_epoch", epoch)
-    run("train.py", *PRETRAIN, "--data", "shop", "--cold_start", "--use_id", "false", cwd=tmp_path)
+    extra = ("--use_id", "false") if model == "msm4sr" else ()
+    run("train.py", "--model", model, *PRETRAIN[2:], "--data", "shop", "--cold_start", *extra, cwd=tmp_path)
     data = datasets.load(tmp_path / "shop", root=tmp_path / "data")
     cold = set(np.flatnonzero(data.train_counts < datasets.COLD)) - {0}
     assert cold and not seen[0] & cold and seen[0] | cold == set(range(1, data.n_items + 1)) == seen[-1]
-    kept = train.load_tensors(tmp_path / "runs" / "msm4sr-shop-0" / "model.safetensors")[0]
+    kept = train.load_tensors(tmp_path / "runs" / f"{model}-shop-0" / "model.safetensors")[0]
     assert not any("item" in key for key in kept)
 
 
