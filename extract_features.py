@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data as datasets
 from encoders import BUILT_IN, open_encoder
-from sources.common import (UserError, command, feature_path, keys_sha256, load_tensors, read_json, save_tensors,
+from sources.common import (UserError, alone_in, command, feature_path, keys_sha256, load_tensors, read_json, save_tensors,
                             set_aside, write_features, write_json)
 
 KEYS = {"text": ("text", "has_text", "sentences", "sentences_mask"),
@@ -63,7 +63,10 @@ def features(data, modality, text=None, image=None, device=None, reads=None) -> 
         if inputs and about.get("inputs_sha256") not in (None, fingerprint(inputs, modality)):
             print(f"the {modality} inputs of {data.name} have changed: their old features are now {set_aside(path)}")
     if not path.is_file():
-        extract(data, modality, encoder, keys, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with alone_in(data.folder):
+            if not path.is_file():       # another process made it meanwhile
+                extract(data, modality, encoder, keys, device)
     tensors = load_tensors(path)[0]
     vectors, index = tensors.get("vectors"), tensors.get("index")
     if vectors is None or index is None or len(index) != len(keys) + 1 or not 0 <= index.min() <= index.max() < len(vectors):
@@ -112,7 +115,7 @@ def extract(data, modality, encoder, keys, device):
     which, inputs = inputs_of(data, modality)
     path = feature_path(data.folder, modality, encoder)
     parts = path.with_suffix(".parts")
-    vectors, about = np.zeros((0, 1), np.float32), {}
+    vectors, about = np.zeros((0, 1), np.float32), {"inputs": 0, "inputs_sha256": fingerprint([], modality)}
     if inputs:
         print(f"extracting {modality} features of {data.name} with {encoder}", flush=True)
         model = open_encoder(modality, encoder, device, data.texts)

@@ -14,8 +14,10 @@ import inspect
 import json
 import random
 import re
+import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -27,7 +29,7 @@ from tqdm import tqdm
 import data as datasets
 import evaluate as evaluation
 import extract_features
-from sources.common import (UserError, atomic, command, load_tensors, read_json, save_tensors, set_aside,
+from sources.common import (UserError, alone_in, atomic, command, load_tensors, read_json, save_tensors, set_aside,
                             write_json)
 
 HERE = Path(__file__).resolve().parent
@@ -359,10 +361,8 @@ def train_stage(model, stage, cfg, data, args, device, run, resume):
         rows = ItemRows(np.flatnonzero(data.train_counts) if args.cold_start else np.arange(1, data.n_items + 1), device)
     else:
         rows = data.training_rows(stage.rows, cfg.max_len, device)
-    missing = ["training rows"] * (len(rows) == 0) + [f"{s} targets" for s, at in data.targets.items() if at.max() < 0]
-    if missing:
-        raise UserError(f"{data.name} has no {' and no '.join(missing)} under --split {data.split}: "
-                        f"it needs users with more interactions")
+    if len(rows) == 0:
+        raise UserError(f"{data.name} has no training rows under --split {data.split}: it needs users with more interactions")
     base_lr = [g["lr"] for g in optimizer.param_groups]
     factor = SCHEDULES[getattr(cfg, "schedule", "constant")]
     forward = torch.compile(model.forward, dynamic=True) if args.compile else model.forward
@@ -486,10 +486,18 @@ def run_seed(args, module, cfg, data, catalog, first, device):
                 "pretrain_data": args.pretrain_data, "cold_start": args.cold_start, "init": args.init,
                 "encoders": encoders_of(module, cfg, data, args), "config": dataclasses.asdict(cfg),
                 "sequences_sha256": data.about["sequences_sha256"]}
-    open_folder(run, settings, args.resume)
-    if args.resume and (run / "metrics.json").is_file():
-        print(f"{run} is finished")
-        return run, read_json(run / "metrics.json")
+    if missing := [split for split, at in data.targets.items() if at.max() < 0]:
+        raise UserError(f"{data.name} has no {' and no '.join(missing)} targets under --split {data.split}: it needs users "
+                        f"with more interactions")
+    with run_folder(run, settings, args.resume):
+        if args.resume and (run / "metrics.json").is_file():
+            print(f"{run} is finished")
+            return run, read_json(run / "metrics.json")
+        return run, train_and_test(args, module, cfg, data, catalog, first, device, run)
+
+
+def train_and_test(args, module, cfg, data, catalog, first, device, run):
+    """What run_seed does in the folder `run`. Returns what was written to its metrics.json."""
     begin = time.perf_counter()
     model, done = train(args, module, cfg, data, catalog, first, device, run)
     valid, test = (evaluation.evaluate(model, data, cfg, split, device) for split in ("valid", "test"))
@@ -503,11 +511,16 @@ def run_seed(args, module, cfg, data, catalog, first, device):
               "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
     evaluation.report(run, f"{args.model} on {data.name}, seed {args.seed}", model, data, cfg, result, device)
     write_json(run / "metrics.json", result)
-    return run, result
+    return result
 
 
-def open_folder(run, settings, resume):
-    """Make the run folder ready. An earlier run there is renamed, never overwritten; --resume needs the same settings."""
+@contextmanager
+def run_folder(run, settings, resume):
+    """The run folder, made ready, and this process alone in it. --resume needs the same settings.
+
+    An earlier run there is renamed, never overwritten; it takes its place again from a run refused in its first epoch.
+    """
+    aside = None
     if resume and (run / "config.json").is_file():
         before = read_json(run / "config.json")
         flat = lambda s: {k: v for k, v in s.items() if k != "config"} | s.get("config", {})
@@ -515,10 +528,20 @@ def open_folder(run, settings, resume):
         if changed:
             raise UserError(f"{run} was begun with other settings ({', '.join(changed)}): resume with the same command, "
                             f"or leave --resume out")
-        return
-    if run.exists():
-        print(f"an earlier run is now {set_aside(run)}")
-    write_json(run / "config.json", settings)
+    else:
+        if run.exists():
+            with alone_in(run, wait=False):
+                print(f"an earlier run is now {(aside := set_aside(run))}")
+        write_json(run / "config.json", settings)
+    with alone_in(run, wait=False):
+        try:
+            yield
+        except UserError:
+            log = run / "log.jsonl"
+            if aside and not (log.is_file() and log.stat().st_size):
+                shutil.rmtree(run)
+                print(f"{aside} is {aside.rename(run)} again")
+            raise
 
 
 def main():
@@ -529,6 +552,8 @@ def main():
             raise ValueError
     except ValueError:
         raise UserError(f"--seeds {args.seeds or args.seed} is not a list of whole numbers such as 0,1,2") from None
+    if not args.clip_norm > 0:
+        raise UserError(f"--clip_norm {args.clip_norm} must be above 0")
     device = pick_device(args.device)
     data = datasets.load_for(args)
     cfg = configure(module, args, data.name)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .common import (Raw, UserError, atomic, k_core, keys_sha256, read_json, set_aside, sha256, write_features,
+from .common import (Raw, UserError, alone_in, atomic, k_core, keys_sha256, read_json, set_aside, sha256, write_features,
                      write_json)
 
 FORMAT = 3                               # of the processed folder; a folder of another format is made anew
@@ -63,21 +63,26 @@ def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
         raise UserError(f"--by {by} means nothing for {where}: "
                         + (f"give {' or '.join(kinds)}" if kinds else "leave it out"))
     origin = name or str(folder.resolve())
-    base = _slug(name) if name else _folder_name(folder, root)
-    raw_folder = root / "raw" / base if name else folder
-    out = root / (base + (f"-{by}" if by in kinds[1:] else "") + (f"-core{core}" if core is not None else ""))
-    if _is_fresh(out, origin, None if name else raw_folder):
+    suffix = (f"-{by}" if by in kinds[1:] else "") + (f"-core{core}" if core is not None else "")
+    base = _slug(name) if name else _folder_name(folder, root, suffix)
+    raw_folder, out = root / "raw" / base if name else folder, root / (base + suffix)
+    fresh = lambda: _is_fresh(out, origin, None if name else raw_folder)
+    if fresh():
         return out
-    if name:
-        raw_folder = source.fetch(name, raw_folder, mirror)
-    print(f"preparing {out} from {raw_folder}", flush=True)
-    raw = source.read(raw_folder, name, **({"by": by or kinds[0]} if kinds else {}))
-    if core is not None:
-        raw.core = core
-    build(raw, out, {"format": FORMAT, "name": out.name, "from": origin,
-                     "source": source.__name__.rpartition(".")[2], "by": by or (kinds[0] if kinds else None),
-                     "pictures": f"../raw/{base}/pictures",
-                     "files": {p.name: _fingerprint(p) for p in _raw_files(raw_folder)}})
+    root.mkdir(parents=True, exist_ok=True)
+    with alone_in(root):
+        if fresh():                      # another process made it meanwhile
+            return out
+        if name:
+            raw_folder = source.fetch(name, raw_folder, mirror)
+        print(f"preparing {out} from {raw_folder}", flush=True)
+        raw = source.read(raw_folder, name, **({"by": by or kinds[0]} if kinds else {}))
+        if core is not None:
+            raw.core = core
+        build(raw, out, {"format": FORMAT, "name": out.name, "from": origin,
+                         "source": source.__name__.rpartition(".")[2], "by": by or (kinds[0] if kinds else None),
+                         "pictures": f"../raw/{base}/pictures",
+                         "files": {p.name: _fingerprint(p) for p in _raw_files(raw_folder)}})
     return out
 
 
@@ -173,13 +178,13 @@ def _slug(name) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-") or "data"
 
 
-def _folder_name(folder, root) -> str:
-    """Name for somebody's folder: its own, made different from the known sets' and from another folder's."""
+def _folder_name(folder, root, suffix) -> str:
+    """Name, up to the suffix, for somebody's folder: its own, made different from the known sets' and another folder's."""
     resolved = folder.resolve()
     name = _slug(resolved.name)
     if name in NAMES or name == "raw" or re.match(r"amazon20\d\d-", name):
         name += "-folder"
-    taken = root / name / "source.json"
+    taken = root / (name + suffix) / "source.json"
     if taken.is_file() and read_json(taken).get("from") != str(resolved):
         name += f"-{keys_sha256([str(resolved)])[:6]}"
     return name

@@ -24,6 +24,11 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 
+try:
+    import fcntl
+except ImportError:                      # Windows
+    fcntl = None
+
 
 class UserError(ValueError):
     """Input that cannot be used. The message is one sentence: what, where, what to do. Exit code 2."""
@@ -163,6 +168,30 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): remove it and run the same command again") from None
+
+
+@contextmanager
+def alone_in(folder, wait=True):
+    """Work in an existing folder that no other process works in: wait for it, or raise a UserError at once.
+
+    The system ends the lock with the process, however that ends; it leaves no file. Without effect on Windows.
+    """
+    at = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        try:
+            if fcntl:
+                fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"another process is writing {folder}: wait for its end, or give another --out") from None
+            print(f"waiting for another process that works in {folder}", flush=True)
+            fcntl.flock(at, fcntl.LOCK_EX)
+        except OSError:
+            pass                         # a file system without locks
+        yield
+    finally:
+        if fcntl:
+            os.close(at)
 
 
 def set_aside(path):

@@ -1,12 +1,13 @@
 """Your own data: a folder with `interactions.csv` and, if you have them, `items.jsonl` and pictures.
 
-interactions.csv   header user,item,time. time: seconds since 1970 or an ISO date; equal times keep the file's order;
-                   without a time column the order of the lines is the order of events.
+interactions.csv   header user,item,time. time (or timestamp): seconds since 1970 or an ISO date; equal times keep the
+                   file's order; without a time column the order of the lines is the order of events.
 items.jsonl        one JSON object a line: {"item": ..., "title": ..., "text": str or [str], "language": "en",
                    "images": [path in this folder, or URL]}; every key but "item" is optional.
 """
 import csv
 import json
+import re
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from .common import Raw, UserError, clean_text, sentences
 
 NAMES = ()
 DAY, YEAR_2100 = 86_400, 4_102_444_800
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def knows(name) -> bool:
@@ -42,13 +44,15 @@ def read(folder, name) -> Raw:
 def _interactions(path, report):
     users, items, times = [], [], []
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        rows = csv.reader(f)
+        rows = csv.reader(f, strict=True)        # else one stray quote swallows lines without a word
         try:
             header = [h.strip().lower() for h in next(rows, [])]
             if "user" not in header or "item" not in header:
                 raise UserError(f"{path} must begin with the header user,item,time, not {','.join(header)[:80]!r}")
             u, i = header.index("user"), header.index("item")
-            t = header.index("time") if "time" in header else None
+            t = next((header.index(name) for name in ("time", "timestamp") if name in header), None)
+            if t is None:
+                print(f"{path} has no column time: the order of its lines is the order of events")
             for row in filter(None, rows):
                 report["interaction lines"] += 1
                 if len(row) < len(header):
@@ -66,8 +70,9 @@ def _interactions(path, report):
             raise UserError(f"{path}, line {rows.line_num} is not CSV ({e}): correct that line") from None
     _refuse_if_many(path, report, report["interaction lines"])
     times = np.array(times, float)
-    if len(times) and times.min() > YEAR_2100:           # milliseconds, as the 2023 reviews and MicroLens have them
-        times, report["times read as milliseconds"] = times / 1000, len(times)
+    for unit, scale in (("nanoseconds", 1e9), ("microseconds", 1e6), ("milliseconds", 1e3)):     # MicroLens has the last
+        if len(times) and times.min() > YEAR_2100 * scale / 1e3:
+            times, report[f"times read as {unit}"] = times / scale, len(times)
     if (times > YEAR_2100).any():
         raise UserError(f"{path} mixes times in seconds with larger numbers: write every time in one unit")
     if t is None or len(times) == 0 or times.max() < 10_000_000:     # numbers this small are no dates: 1, 2, 3, ...
@@ -101,6 +106,7 @@ def _items(path, report):
             try:
                 row = json.loads(line)
                 key = str(row["item"]).strip() if isinstance(row["item"], (str, int)) else ""
+                key.encode()                     # a lone surrogate is no text
             except (ValueError, KeyError, TypeError, RecursionError):
                 row, key = None, ""
             if not key:
@@ -121,7 +127,7 @@ def _images(row, report):
     images = row.get("images", row.get("image")) or []
     kept = []
     for image in images if isinstance(images, list) else [images]:
-        path = PurePosixPath(image) if isinstance(image, str) else None
+        path = PurePosixPath(image) if isinstance(image, str) and not SURROGATE.search(image) else None
         if path and (image.startswith(("http://", "https://"))
                      or not (path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image)):
             kept.append(image)

@@ -108,6 +108,34 @@ def test_an_earlier_run_is_never_overwritten(shop, tmp_path):
     assert config("sasrec-shop-0")["lr"] == 1e-2 and config("sasrec-shop-0~1")["lr"] == 1e-3
 
 
+def test_a_refused_run_displaces_none(shop, tmp_path):
+    run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, cwd=tmp_path)
+    before = metrics_of(tmp_path / "runs" / "sasrec-shop-0")
+    done = run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, "--heads", 3, cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and "is runs/sasrec-shop-0 again" in done.stdout
+    assert metrics_of(tmp_path / "runs" / "sasrec-shop-0") == before and len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_two_processes_never_write_one_run(shop, tmp_path):
+    run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, cwd=tmp_path)
+    with common.alone_in(tmp_path / "runs" / "sasrec-shop-0"):   # as another process would
+        for more in ((), ("--resume",)):
+            done = run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, *more, cwd=tmp_path, ok=False)
+            assert done.returncode == 2 and "another process is writing runs/sasrec-shop-0" in done.stderr
+    run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("command", [("extract_features.py", *("--text", "hash", "--image", "pixels")),
+                                     ("train.py", "--model", "sasrec", "--dim", "8", "--epochs", "1")])
+def test_processes_that_prepare_the_same_data_wait_for_each_other(command, shop, tmp_path):
+    script, *flags = command
+    processes = [subprocess.Popen([sys.executable, ROOT / script, "--data", "shop", *flags, *(["--out", str(n)] * (script == "train.py"))],
+                                  cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for n in range(3)]
+    printed = [p.communicate()[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0, 0]
+    assert sum("preparing data/shop" in out for out in printed) == 1 and not list((tmp_path / "data").glob("*~*"))
+
+
 def test_several_seeds(shop, tmp_path):
     printed = run("train.py", "--model", "sasrec", "--data", "shop", "--seeds", "3,4", *SMALL, cwd=tmp_path).stdout
     values = [metrics_of(tmp_path / "runs" / f"sasrec-shop-{s}")["test"]["ndcg@10"] for s in (3, 4)]
@@ -251,11 +279,15 @@ def test_resume_refuses_other_settings(shop, tmp_path):
     (("--model", "fmmsrec", "--data", "shop", *CONTENT, "--schedule", "square"), "invalid choice"),
     (("--model", "mmsr", "--data", "shop", *TINY, "--max_tokens", "2"), "max_tokens 2 of tiny must be from 3 to 512"),
     (("--model", "mmsr", "--data", "shop", *TINY, "--encoder_lr", "-1"), "--encoder_lr -1"),
+    (("--model", "sasrec", "--data", "shop", "--clip_norm", "nan"), "--clip_norm nan"),
+    (("--model", "pop", "--data", "single"), "no valid and no test targets"),
     (("--model", "sasrec", "--data", "three"), "no training rows")])
 def test_bad_input_is_one_sentence_and_exit_code_2(shop, tmp_path, args, sentence):
     (tmp_path / "three").mkdir()
     (tmp_path / "three" / "interactions.csv").write_text("user,item,time\n" + "".join(
         f"u{u},i{(u + t) % 5},{t}\n" for u in range(9) for t in range(3)))
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "interactions.csv").write_text("user,item,time\n" + "".join(f"u{u},i{u % 5},1\n" for u in range(9)))
     done = run("train.py", *args, cwd=tmp_path, ok=False)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
 
