@@ -209,20 +209,21 @@ class Tower(nn.Module):
     @torch.no_grad()
     def below(self, inputs, device):
         """What `read` made of n inputs -> hidden states at the boundary (n, T, width), mask (n, T)."""
-        model = self.bottom[0].to(device)
+        model, mask = self.bottom[0].to(device), None
         if self.modality == "text":
-            lengths = torch.tensor([len(x) for x in inputs], device=device)
             ids = nn.utils.rnn.pad_sequence(inputs, True, model.config.pad_token_id or 0).to(device)
+            lengths = torch.tensor([len(x) for x in inputs], device=device)
             mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        given = ({"input_ids": ids, "attention_mask": mask.long()} if self.modality == "text" else
-                 {"pixel_values": torch.stack(inputs).to(device)})
+            given = {"input_ids": ids, "attention_mask": mask.long()}
+        else:
+            given = {"pixel_values": torch.stack(inputs).to(device)}
         with torch.autocast(device.type, enabled=False):
             try:
                 hidden = model(**given).last_hidden_state
             except Boundary.Reached as reached:
                 hidden = reached.args[0]
         hidden = hidden.flatten(2).mT if hidden.dim() == 4 else hidden             # ResNet's map -> (n, V, width)
-        return hidden, mask if self.modality == "text" else hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        return hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
 
     def prepare(self, device):
         """Open the cache, or fill it; then forget the frozen bottom. Does nothing the second time."""

@@ -145,6 +145,14 @@ class TestFiles:
         assert feature_path(data.folder, "image", "pixels").with_name("image-pixels.safetensors~1").is_file()
         assert not before["pictures_mask"][4].all()
 
+    def test_pictures_that_come_later_are_encoded(self, tmp_path):
+        shop = write_shop(tmp_path / "late", items=5)
+        (shop / "items.jsonl").write_text("".join(json.dumps({"item": f"i{i}", "title": "a", "images": ["a.png"]}) + "\n" for i in range(5)))
+        load = lambda: datasets.load(shop, root=tmp_path / "data")
+        assert not extraction.features(load(), "image", image="pixels")["has_image"].any()
+        Image.new("RGB", (9, 9), "red").save(shop / "a.png")
+        assert extraction.features(load(), "image", image="pixels")["has_image"][1:].all()
+
     def test_features_without_their_pictures_still_serve(self, data, shop):
         before = extraction.features(data, "image", None, "pixels")
         (shop / "img").rename(shop / "elsewhere")

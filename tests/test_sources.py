@@ -71,6 +71,20 @@ def test_pictures_outside_the_folder_are_refused(tmp_path):
     assert raw.catalog["a"]["images"] == ["ok/a.jpg"] and raw.report["picture paths refused"] == 5
 
 
+def test_lone_surrogates_are_no_text(tmp_path):
+    lines = ['{"item": "\\ud800x", "title": "a"}\n', '{"item": "a", "images": ["\\ud800.jpg", "b.jpg"]}\n']
+    raw = folder.read(write(tmp_path / "own", "user,item,time\nu,a,1\n", lines + [{"item": f"i{n}"} for n in range(200)]), None)
+    assert raw.catalog["a"]["images"] == ["b.jpg"] and raw.report["items.jsonl: not an object with an item"] == 1
+
+
+def test_folders_of_one_name_are_prepared_side_by_side(tmp_path):
+    (tmp_path / "x").mkdir(), (tmp_path / "y").mkdir()
+    for core in (None, 1):
+        paths = [write(tmp_path / who / "shop", f"user,item,time\nu,{who},1\n") for who in ("x", "y")]
+        made = [sources.prepare(path, root=tmp_path / "data", core=core) for path in paths * 2]
+        assert made[:2] == made[2:] and made[0] != made[1] and not list((tmp_path / "data").glob("*~*"))
+
+
 def test_a_few_bad_lines_are_counted_and_many_are_refused(tmp_path):
     good = "".join(f"u{i % 20},i{i % 7},{1_500_000_000 + i}\n" for i in range(400))
     bad = "u1,,5\nu1,i1,yesterday\nu1,i1,-4\nu1\n"
@@ -86,6 +100,7 @@ def test_a_few_bad_lines_are_counted_and_many_are_refused(tmp_path):
 @pytest.mark.parametrize("content, sentence", [
     ("", "header"), ("a,b,c\n1,2,3\n", "header"), ("user,item,time\n", "no interactions"),
     ("user,item,time\nu,i,1\nu,i,9999999999999999\n", "one unit"),
+    ('user,item,time\nu,i,1\nu,"i,2\nu,j,3\n', "is not CSV"),                     # else the quote swallows what follows
     ("user,item,time\nu,i,1500000000\nu,j,1500000000001\nu,k,1500000000002\n", "one unit")])
 def test_files_that_cannot_be_used_are_one_sentence(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -101,12 +116,16 @@ def test_bad_item_lines(tmp_path):
         folder.read(write(tmp_path / "own", "user,item,time\nu,a,1\n", ["{broken\n"] * 4 + lines), None)
 
 
-def test_milliseconds_and_days(tmp_path):
+def test_milliseconds_and_days(tmp_path, capsys):
     raw = folder.read(write(tmp_path / "own", "user,item,time\nu,a,1500000000123\nu,b,1500086400123\n"), None)
     assert raw.times == [1500000000.123, 1500086400.123] and raw.report["times read as milliseconds"] == 2
+    for zeros, unit in ((6, "microseconds"), (9, "nanoseconds")):
+        raw = folder.read(write(tmp_path / "own", f"user,item,timestamp\nu,a,15{'0' * (8 + zeros)}\nu,b,2{'0' * (9 + zeros)}\n"), None)
+        assert raw.times == [15e8, 2e9] and raw.report[f"times read as {unit}"] == 2 and raw.clock == "seconds"
     assert folder.read(write(tmp_path / "own", "user,item,time\nu,a,2020-01-01\nu,b,2020-01-02\n"), None).clock == "day"
     assert folder.read(write(tmp_path / "own", "user,item,time\nu,a,1\nu,b,2\n"), None).clock == "order"
     assert folder.read(write(tmp_path / "own", "item,user\na,u\nb,u\n"), None).times == [0, 1]
+    assert "has no column time" in capsys.readouterr().out
 
 
 def test_order_inside_a_second_is_kept(tmp_path):
