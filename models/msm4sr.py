@@ -88,7 +88,7 @@ class MSM4SRConfig:
 
 PRESETS = {
     "scientific-mm": dict(batch_size=256, pretrain_epochs=40), "demo": dict(batch_size=128, pretrain_epochs=5),
-    "beauty": dict(batch_size=512, lr=2e-3, tau=0.1, dropout=0.3, epochs=40, patience=3, pretrain_epochs=10),
+    "beauty": dict(batch_size=512, lr=2e-3, tau=0.1, dropout=0.3, epochs=40, patience=5, pretrain_epochs=10),
 }
 
 
