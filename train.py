@@ -192,7 +192,7 @@ def build(model_class, cfg, catalog, device, seed):
     try:
         model = model_class(cfg, catalog).to(device)
         if hasattr(model, "prepare"):            # what it computes once, before its first step
-            model.prepare(device)
+            model.prepare(torch.device(device))
         return model
     except ValueError as e:
         raise UserError(f"{model_class.__name__} refuses its settings: {e}") from None

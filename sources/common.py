@@ -226,11 +226,11 @@ def write_features(folder, modality, encoder, vectors, index, keys, about):
     vectors = np.pad(np.asarray(vectors, np.float32), ((1, 0), (0, 0)))
     index = np.where(vectors.any(1)[index], index, 0)
     tensors = {"vectors": vectors, "index": np.pad(index, ((1, 0), (0, 0))).astype(np.int32)}
-    with atomic(path, "wb") as f:
-        f.write(safetensors.numpy.save(tensors))
     write_json(path.with_suffix(".json"), {
         "modality": modality, "encoder": encoder, "items": len(keys), "items_with": int(index.any(1).sum()),
         "items_sha256": keys_sha256(keys), "shapes": {k: list(v.shape) for k, v in tensors.items()}, **about})
+    with atomic(path, "wb") as f:        # last: who sees this file finds the other
+        f.write(safetensors.numpy.save(tensors))
 
 
 def save_tensors(path, tensors, about=None):
