@@ -444,9 +444,9 @@ class MMSR(nn.Module):
         """Item vectors (U, D) of ids (U,); zero for padding."""
         if self.item is not None:
             return self.item(ids) * (ids != 0)[:, None]
+        self.prepare(ids.device)
         tokens = []
         for modality, tower in self.towers.items():
-            tower.prepare(ids.device)
             x, mask = tower(ids)
             tokens += [self.project[modality](x), mask]                            # (U, T, D), (U, T)
         return (self.fusion or masked_mean)(*tokens) * (ids != 0)[:, None]

@@ -287,20 +287,20 @@ class Pretrain(nn.Module):
         user = batch["user"][:, None].expand_as(seq).flatten()
         if not target.is_cuda:                      # choosing rows would wait for a GPU; trimmed batches are nearly full
             h, answer, user, target = h[:, target != 0], answer[target != 0], user[target != 0], target[target != 0]
-        has = {m: m2se.encoders[m].row[target] > 0 for m in STACKS}                # (R,): P4; padding has no row
-        parts = torch.arange(len(target), device=target.device).tensor_split(max(1, -(-len(target) // PAIRS)))
-        losses = defaultdict(float)
-        for part in parts:
-            t, u, itself = target[part], user[part], torch.eye(len(part), dtype=torch.bool, device=target.device)
+        real = torch.stack([target != 0, *(m2se.encoders[m].row[target] > 0 for m in STACKS)])     # P4; padding has no row
+        weights = real / real.sum(1, keepdim=True).clamp(min=1)                    # (3, R): of means over all parts
+        n, losses = max(1, -(-len(target) // PAIRS)), defaultdict(float)
+        parts = (x.tensor_split(n, -1) for x in (target, user, answer, weights))
+        for states, t, u, a, w in zip(h.tensor_split(n, 1), *parts):
+            itself = torch.eye(len(t), dtype=torch.bool, device=t.device)
             same = (t == t[:, None]) | (u == u[:, None])                           # P10, P15: no negatives of each other
-            def among(real):                                                       # and weights of a mean over all parts
-                return (same | ~real[part]) & ~itself, real[part] / real.sum().clamp(min=1)
-            for m, own, other in zip(STACKS, h[:, part], h[:, part].flip(0)):
+            every, *among = [((same | (weight == 0)) & ~itself, weight) for weight in w]
+            for m, own, other, having in zip(STACKS, states, states.flip(0), among):
                 m_hat, m_tilde = self.W[m](own), self.W[m](other)                  # eq. (6)
                 if cfg.use_nip:
-                    losses[f"nip_{m}"] += nip(m_hat, m_tilde, z[m][answer[part]], *among(has[m]), cfg.tau)
+                    losses[f"nip_{m}"] += nip(m_hat, m_tilde, z[m][a], *having, cfg.tau)
                 if cfg.use_cmcl:
-                    losses[f"cmcl_{m}"] += cfg.lam * cmcl(m_hat, m_tilde, *among(target != 0), cfg.tau)
+                    losses[f"cmcl_{m}"] += cfg.lam * cmcl(m_hat, m_tilde, *every, cfg.tau)
         return losses                                                              # eq. (11): the loop minimises the sum
 
 

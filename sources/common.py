@@ -176,11 +176,13 @@ def alone_in(folder, wait=True):
 
     The system ends the lock with the process, however that ends; it leaves no file. Without effect on Windows.
     """
-    at = os.open(folder, os.O_RDONLY) if fcntl else None
+    if fcntl is None:
+        yield
+        return
+    at = os.open(folder, os.O_RDONLY)
     try:
         try:
-            if fcntl:
-                fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 raise UserError(f"another process is writing {folder}: wait for its end, or give another --out") from None
@@ -190,8 +192,7 @@ def alone_in(folder, wait=True):
             pass                         # a file system without locks
         yield
     finally:
-        if fcntl:
-            os.close(at)
+        os.close(at)
 
 
 def set_aside(path):
