@@ -3,10 +3,13 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 
@@ -34,15 +37,16 @@ def make_catalog(seed=0, text=True, image=True):
             "image_paths": [None] * (N + 1)}
 
 
-def make(name, tmp_path, seed=0, **changes):
+def make(name, tmp_path, seed=0, kind="Model", dropout=.1, **changes):
     """(module, model, cfg) of a small model on a catalog that holds only what the file READS."""
     module = train.load_model_file(name)
     fields = {f.name for f in dataclasses.fields(module.Config)}
-    settings = {"dim": 16, "max_len": 20, "text_encoder": "tiny", "image_encoder": "tiny", "cache_dir": str(tmp_path)}
+    settings = {"dim": 16, "max_len": 20, "text_encoder": "tiny", "image_encoder": "tiny", "cache_dir": str(tmp_path),
+                "dropout": dropout}
     cfg = module.Config(**{k: v for k, v in settings.items() if k in fields})
     full = make_catalog(**changes)
     catalog = {k: v for k, v in full.items() if k in (*module.READS, "n_items")}
-    return module, train.build(module.Model, cfg, catalog, "cpu", seed), cfg
+    return module, train.build(getattr(module, kind), cfg, catalog, "cpu", seed), cfg
 
 
 def make_batch(seed=1, length=L, shortest=1):
@@ -177,6 +181,85 @@ class TestContract:
         shutil.copy(ROOT / "models" / f"{name}.py", tmp_path / "copied.py")
         done = subprocess.run([sys.executable, "-I", "copied.py"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+
+
+STAGES = [(name, kind) for name in FILES for kind in ("Pretrain", "Model") if hasattr(train.load_model_file(name), kind)]
+
+
+@pytest.mark.parametrize("name, kind", STAGES)
+class TestOnAGPU:
+    """What a GPU would do, seen on a CPU: fake tensors have shape, type and device, and raise where a value is asked for."""
+
+    def test_its_branches_give_the_same(self, name, kind, tmp_path, monkeypatch):
+        found = []
+        for is_cuda in (False, True):
+            _, model, _ = make(name, tmp_path, kind=kind, dropout=0.)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "is_cuda", is_cuda)
+                torch.manual_seed(0)
+                losses = model(stage_batch(model))
+                if trainable(model):
+                    sum(losses.values()).backward()
+            found.append((losses, {key: weight.grad for key, weight in model.named_parameters()}))
+        torch.testing.assert_close(*found)
+
+    def test_no_step_waits_for_it(self, name, kind, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(train, "precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+        for method in ("check", "means"):                        # once per epoch the host may wait
+            monkeypatch.setattr(train.Watch, method, lambda *_: None)
+        model, cfg, batch, mode = faked(name, tmp_path, kind, "cpu")
+        rows = mock.MagicMock(users=np.arange(B), epoch=lambda *_: iter([(batch, np.arange(B))] * 2))
+        with mode:
+            if trainable(model):
+                optimizer = train.optimizer_of(model, cfg, 1e-3)
+                train.train_epoch(model, model.forward, optimizer, rows, B, None, 5., torch.device("cpu"), "")
+            if kind == "Model":
+                with torch.no_grad():
+                    model.eval().score(batch, model.encode_items())
+
+    @pytest.mark.skipif(torch.version.cuda is None, reason="this build of torch does not know the device cuda")
+    def test_everything_lies_on_it(self, name, kind, tmp_path):
+        if name == "mdsrec":
+            pytest.skip("sparse matrices cannot be faked on a GPU")
+        model, _, batch, mode = faked(name, tmp_path, kind, "cuda")
+        torch.set_autocast_dtype("cuda", torch.bfloat16), torch.set_autocast_enabled("cuda", True)
+        try:
+            with mode:
+                terms = model(batch)
+                assert {(v.device.type, v.dtype) for v in terms.values()} == {("cuda", torch.float32)}
+                assert train.Watch(torch.device("cuda")).step(terms, next(iter(terms.values())).detach(), []).is_cuda
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        if kind == "Model":
+            with mode, torch.no_grad():
+                assert model.eval().score(batch, model.encode_items()).is_cuda
+
+
+def stage_batch(model):
+    return {"item": torch.arange(1, N + 1)} if getattr(model, "rows", "") == "items" else make_batch()
+
+
+def faked(name, tmp_path, kind, device):
+    """(model, cfg, batch, mode): weights, buffers and batch as fake tensors of the device."""
+    if name == "mmsr":
+        pytest.skip("its shapes depend on how many distinct items a batch holds")
+    _, model, cfg = make(name, tmp_path, kind=kind)
+    mode = FakeTensorMode()
+
+    def fake(x):
+        x = mode.from_tensor(x)
+        with mode:
+            return x.to(device)
+
+    for module in model.modules():
+        for key, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[key] = torch.nn.Parameter(fake(weight.data), weight.requires_grad)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = fake(buffer)
+    return model, cfg, {key: fake(x) for key, x in stage_batch(model).items()}, mode
 
 
 def seeded(model, batch):
