@@ -251,8 +251,8 @@ def training_parts(sets, warm=False) -> Data:
     offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
     about = {"name": "+".join(data.name for data in sets)}
     if warm and lengths.max() < 2:
-        raise UserError(f"nobody in {about['name']} has two warm items ({COLD} training occurrences or more) to pre-train on: "
-                        f"leave --cold_start out")
+        raise UserError(f"nobody in {about['name']} has two warm items ({COLD} training occurrences or more) to pre-train "
+                        f"on: leave --cold_start out")
     joined = Data(sets[0].folder, about, flat, offsets, np.zeros_like(flat), n_items, "leave_one_out")
     joined.train_end, joined.targets = offsets[1:].copy(), {}
     return joined

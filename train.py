@@ -294,8 +294,8 @@ class Watch:
             terms = [n for n, b in zip(self.names, self.bad_terms.tolist()) if b]
             raise UserError(
                 f"training stopped at {where}, step {step}: {' '.join(['the loss', *terms]) if terms else 'the gradient'} "
-                f"is not finite (learning rate {lr:g}, gradient norm {float(self.norm):g}, first users or items of the batch "
-                f"{self.users[step][:5].tolist()}); the last good state is kept: look at those inputs or lower --lr")
+                f"is not finite (learning rate {lr:g}, gradient norm {float(self.norm):g}, first users or items of the "
+                f"batch {self.users[step][:5].tolist()}); the last good state is kept: look at those inputs or lower --lr")
         self.users = {}
 
     def means(self):
@@ -362,7 +362,8 @@ def train_stage(model, stage, cfg, data, args, device, run, resume):
     else:
         rows = data.training_rows(stage.rows, cfg.max_len, device)
     if len(rows) == 0:
-        raise UserError(f"{data.name} has no training rows under --split {data.split}: it needs users with more interactions")
+        raise UserError(f"{data.name} has no training rows under --split {data.split}: it needs users with more "
+                        f"interactions")
     base_lr = [g["lr"] for g in optimizer.param_groups]
     factor = SCHEDULES[getattr(cfg, "schedule", "constant")]
     forward = torch.compile(model.forward, dynamic=True) if args.compile else model.forward

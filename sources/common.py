@@ -40,7 +40,7 @@ class Raw:
     users: list                                  # str keys
     items: list                                  # str keys
     times: list                                  # numbers: seconds since 1970, or any order numbers (see clock)
-    catalog: dict                                # item key -> {"title": str, "text": [str], "language": str, "images": [str]}
+    catalog: dict                                # key -> {"title": str, "text": [str], "language": str, "images": [str]}
     report: dict = field(default_factory=dict)   # what was found and dropped while reading, by name of the defect
     clock: str = "seconds"                       # seconds | day | order ("order" means the times are no real times)
     core: int = 0                                # iterative k-core on users and items; 0 = none

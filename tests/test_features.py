@@ -147,7 +147,8 @@ class TestFiles:
 
     def test_pictures_that_come_later_are_encoded(self, tmp_path):
         shop = write_shop(tmp_path / "late", items=5)
-        (shop / "items.jsonl").write_text("".join(json.dumps({"item": f"i{i}", "title": "a", "images": ["a.png"]}) + "\n" for i in range(5)))
+        rows = [{"item": f"i{i}", "title": "a", "images": ["a.png"]} for i in range(5)]
+        (shop / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         load = lambda: datasets.load(shop, root=tmp_path / "data")
         assert not extraction.features(load(), "image", image="pixels")["has_image"].any()
         Image.new("RGB", (9, 9), "red").save(shop / "a.png")
@@ -195,9 +196,9 @@ class TestCommand:
         run("train.py", "--model", "mdsrec", "--data", shop, "--text", "hash", "--image", "pixels", "--dim", 16,
             "--epochs", 1, "--neighbors", 2, "--centers", 2, cwd=tmp_path)
 
-    @pytest.mark.parametrize("flags", [("--text", "pixels"), ("--text", "no-such-folder/model", "--image", "pixels"),
-                                       ("--text", "hash", "--image", "ViT-B-32:no_such_tag"),
-                                       ("--text", "hash", "--image", "no-such-arch:x"), ("--text", "hash", "--image", "keywords:hash")])
+    @pytest.mark.parametrize("flags", [
+        ("--text", "pixels"), ("--text", "no-such-folder/model", "--image", "pixels"),
+        *(("--text", "hash", "--image", name) for name in ("ViT-B-32:no_such_tag", "no-such-arch:x", "keywords:hash"))])
     def test_what_cannot_be_had_is_one_sentence(self, shop, tmp_path, flags, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         done = run("extract_features.py", "--data", shop, *flags, cwd=tmp_path, ok=False)
@@ -265,8 +266,9 @@ def save_text_model(folder, pooling=None, normalize=False, modules=None, **setti
     BertModel(config).save_pretrained(folder)
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=40).save_pretrained(folder)
     if pooling:
-        parts = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else []), *(modules or [])]
-        (folder / "modules.json").write_text(json.dumps([{"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in parts]))
+        parts = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * normalize, *(modules or [])]
+        (folder / "modules.json").write_text(json.dumps(
+            [{"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in parts]))
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
         (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
@@ -342,17 +344,20 @@ class TestTextModel:
 def save_vision_model(folder, kind):
     import transformers as T
     torch.manual_seed(0)
-    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
-    model = {"vit": lambda: T.ViTModel(T.ViTConfig(**small)), "mae": lambda: T.ViTMAEModel(T.ViTMAEConfig(**small)),
-             "resnet": lambda: T.ResNetModel(T.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
-             "swin": lambda: T.SwinModel(T.SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2, image_size=32, patch_size=4)),
-             "clip": lambda: T.CLIPModel(T.CLIPConfig(
-                 text_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=20,
-                                  eos_token_id=3, bos_token_id=2, pad_token_id=0, max_position_embeddings=40),
-                 vision_config=small, projection_dim=12))}[kind]()
+    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    vision = dict(small, image_size=32, patch_size=8)
+    words = dict(small, vocab_size=20, eos_token_id=3, bos_token_id=2, pad_token_id=0, max_position_embeddings=40)
+    model = {
+        "vit": lambda: T.ViTModel(T.ViTConfig(**vision)), "mae": lambda: T.ViTMAEModel(T.ViTMAEConfig(**vision)),
+        "resnet": lambda: T.ResNetModel(T.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
+        "swin": lambda: T.SwinModel(T.SwinConfig(
+            embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2, image_size=32, patch_size=4)),
+        "clip": lambda: T.CLIPModel(T.CLIPConfig(text_config=words, vision_config=vision, projection_dim=12))}[kind]()
     model.save_pretrained(folder)
     size = {"height": 32, "width": 32}
-    (T.CLIPImageProcessor(size=size, crop_size=size) if kind == "clip" else T.ViTImageProcessor(size=size)).save_pretrained(folder)
+    processor = T.CLIPImageProcessor(size=size, crop_size=size) if kind == "clip" else T.ViTImageProcessor(size=size)
+    processor.save_pretrained(folder)
     return str(folder), model.eval()
 
 

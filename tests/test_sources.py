@@ -22,7 +22,8 @@ def write(path, interactions, items=None):
     path.mkdir(exist_ok=True)
     (path / "interactions.csv").write_bytes(interactions.encode() if isinstance(interactions, str) else interactions)
     if items is not None:
-        (path / "items.jsonl").write_text("".join(i if isinstance(i, str) else json.dumps(i) + "\n" for i in items), encoding="utf-8")
+        lines = (i if isinstance(i, str) else json.dumps(i) + "\n" for i in items)
+        (path / "items.jsonl").write_text("".join(lines), encoding="utf-8")
     return path
 
 
@@ -50,7 +51,8 @@ def test_k_core_equals_a_slow_loop():
 
 
 def test_own_folder(tmp_path):
-    path = write(tmp_path / "own", "\ufeffuser,item,time\r\nu1,b,2020-01-03\r\nu1,a,2020-01-01\r\n\r\nu1,c,2020-01-02T05:00:00+01:00\r\n",
+    lines = ["\ufeffuser,item,time", "u1,b,2020-01-03", "u1,a,2020-01-01", "", "u1,c,2020-01-02T05:00:00+01:00", ""]
+    path = write(tmp_path / "own", "\r\n".join(lines),
                  [{"item": "a", "title": "<b>Caf&eacute;</b>", "text": "one", "images": "a.jpg"},
                   {"item": "b", "text": ["x", None, "x", " y "], "language": "fr", "images": ["p/b.jpg", "https://e.org/b.jpg"]},
                   {"item": "unsold"}])
@@ -110,7 +112,8 @@ def test_files_that_cannot_be_used_are_one_sentence(tmp_path, content, sentence)
 
 def test_bad_item_lines(tmp_path):
     lines = [{"item": f"i{n}", "title": "t"} for n in range(300)]
-    raw = folder.read(write(tmp_path / "own", "user,item,time\nu,a,1\n", lines + ["{broken\n", "[1]\n", {"item": "i0", "title": "again"}]), None)
+    bad = ["{broken\n", "[1]\n", {"item": "i0", "title": "again"}]
+    raw = folder.read(write(tmp_path / "own", "user,item,time\nu,a,1\n", lines + bad), None)
     assert raw.catalog["i0"]["title"] == "t" and raw.report["items described twice, the first kept"] == 1
     with pytest.raises(UserError, match="items.jsonl"):
         folder.read(write(tmp_path / "own", "user,item,time\nu,a,1\n", ["{broken\n"] * 4 + lines), None)
@@ -120,7 +123,8 @@ def test_milliseconds_and_days(tmp_path, capsys):
     raw = folder.read(write(tmp_path / "own", "user,item,time\nu,a,1500000000123\nu,b,1500086400123\n"), None)
     assert raw.times == [1500000000.123, 1500086400.123] and raw.report["times read as milliseconds"] == 2
     for zeros, unit in ((6, "microseconds"), (9, "nanoseconds")):
-        raw = folder.read(write(tmp_path / "own", f"user,item,timestamp\nu,a,15{'0' * (8 + zeros)}\nu,b,2{'0' * (9 + zeros)}\n"), None)
+        lines = f"user,item,timestamp\nu,a,15{'0' * (8 + zeros)}\nu,b,2{'0' * (9 + zeros)}\n"
+        raw = folder.read(write(tmp_path / "own", lines), None)
         assert raw.times == [15e8, 2e9] and raw.report[f"times read as {unit}"] == 2 and raw.clock == "seconds"
     assert folder.read(write(tmp_path / "own", "user,item,time\nu,a,2020-01-01\nu,b,2020-01-02\n"), None).clock == "day"
     assert folder.read(write(tmp_path / "own", "user,item,time\nu,a,1\nu,b,2\n"), None).clock == "order"
@@ -198,7 +202,8 @@ def write_unisrec(path, sequences, cut=unisrec.CUT, descending=True):
     n = 1 + max(map(max, sequences))
     (path / "X.item2index").write_text("".join(f"key{i}\t{i}\n" for i in range(n)))
     (path / "X.user2index").write_text("".join(f"user{u}\t{u}\n" for u in range(len(sequences))))
-    (path / "X.text").write_text("item_id:token\ttext:token_seq\n" + "".join(f"key{i}\tThing {i} &amp; co. \n" for i in range(n - 1)))
+    texts = "".join(f"key{i}\tThing {i} &amp; co. \n" for i in range(n - 1))
+    (path / "X.text").write_text("item_id:token\ttext:token_seq\n" + texts)
     return n
 
 

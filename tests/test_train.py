@@ -129,8 +129,9 @@ def test_two_processes_never_write_one_run(shop, tmp_path):
                                      ("train.py", "--model", "sasrec", "--dim", "8", "--epochs", "1")])
 def test_processes_that_prepare_the_same_data_wait_for_each_other(command, shop, tmp_path):
     script, *flags = command
-    processes = [subprocess.Popen([sys.executable, ROOT / script, "--data", "shop", *flags, *(["--out", str(n)] * (script == "train.py"))],
-                                  cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for n in range(3)]
+    out = lambda n: ["--out", str(n)] if script == "train.py" else []
+    processes = [subprocess.Popen([sys.executable, ROOT / script, "--data", "shop", *flags, *out(n)], cwd=tmp_path, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for n in range(3)]
     printed = [p.communicate()[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0, 0]
     assert sum("preparing data/shop" in out for out in printed) == 1 and not list((tmp_path / "data").glob("*~*"))
@@ -168,8 +169,8 @@ def kill_in_epoch(command, folder, epochs, cwd):
     return process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("model, settings", [("sasrec", ()), ("mdsrec", (("--batch_size", 32),)), ("toy.py", (("--pretrain_epochs", 6),)),
-                                             ("toy.py", (("--pretrain_epochs", 1),))])
+@pytest.mark.parametrize("model, settings", [
+    ("sasrec", ()), ("mdsrec", (("--batch_size", 32),)), *(("toy.py", (("--pretrain_epochs", n),)) for n in (6, 1))])
 def test_killed_and_resumed_is_the_same_to_the_bit(shop, tmp_path, model, settings):
     (tmp_path / "toy.py").write_text(TOY)
     args = ["--model", model, "--data", "shop", "--epochs", 12, "--patience", 12, "--dim", 8, "--batch_size", 4, *CONTENT,
@@ -386,8 +387,8 @@ def test_the_report_page_holds_its_pictures_and_trusts_no_title(tmp_path):
     shop = write_shop(tmp_path / "shop", items=6)
     Image.new("RGB", (50, 40), "red").save(shop / "a.png")
     (shop / "bad.jpg").write_text("no picture")
-    rows = [{"item": f"i{i}", "title": "<b onload=x>&" if i else "<script>alert(1)</script> a < b & c", "images": [("a.png", "bad.jpg")[i % 2]]}
-            for i in range(6)]
+    rows = [{"item": f"i{i}", "title": "<b onload=x>&" if i else "<script>alert(1)</script> a < b & c",
+             "images": [("a.png", "bad.jpg")[i % 2]]} for i in range(6)]
     (shop / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("train.py", "--model", "sasrec", "--data", "shop", *SMALL, cwd=tmp_path)
     page = (tmp_path / "runs" / "sasrec-shop-0" / "report.html").read_text()
