@@ -7,7 +7,7 @@
 Only the ratios mean something on another machine. Nothing here is asserted by a test.
 """
 import argparse
-import resource
+import sys
 import tempfile
 import time
 from itertools import islice
@@ -229,8 +229,11 @@ def large(n_items, device):
             ("evaluation of 256 users", lambda: ranks_of(model.eval(), data.evaluated_rows("test", 50, device), device))):
         begin = time.perf_counter()
         work()
-        peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            import resource              # Windows has none
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         print(f"  {name:<52}{elapsed(begin, device):>10.1f} s, peak so far {peak / 1e9:.1f} GB", flush=True)
 
 

@@ -258,10 +258,18 @@ def training_parts(sets, warm=False) -> Data:
     return joined
 
 
-def align_widths(catalogs):
-    """Give a modality that a set lacks wholly the feature width of the others, in place. Raises UserError if they differ."""
-    for key in [k for k, v in catalogs[0].items() if torch.is_tensor(v) and v.is_floating_point()]:
-        widths = {c[key].shape[-1] for c in catalogs if c[key].any()}
+def widths_of(catalog) -> dict:
+    """{key: width} of the features in a catalog."""
+    return {key: x.shape[-1] for key, x in catalog.items() if torch.is_tensor(x) and x.is_floating_point()}
+
+
+def align_widths(catalogs, known={}):
+    """Give a modality that a set lacks wholly the feature width of the others, in place. Raises UserError if they differ.
+
+    known: {key: width} for features that no set has.
+    """
+    for key in widths_of(catalogs[0]):
+        widths = {c[key].shape[-1] for c in catalogs if c[key].any()} or {known.get(key)} - {None}
         if len(widths) > 1:
             raise UserError(f"the features {key} of the data sets differ in width ({', '.join(map(str, sorted(widths)))}): "
                             f"give one --text and one --image encoder for all of them")

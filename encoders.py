@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sources.common import UserError, read_json, sha256
-from sources.pictures import frames
+from sources.pictures import BadPicture, frames
 
 BUILT_IN = {"text": "hash", "image": "pixels"}
-TOKENS = {"cpu": 2048, "cuda": 65536}    # in one batch of sentences, padding included
+TOKENS = {"cpu": 2048, "cuda": 65536}    # in one batch of sentences, padding included; on other devices as on the CPU
 BATCH = {"cpu": 32, "cuda": 256}         # pictures, or texts that are all padded to one length
 WORDS = 15                               # keywords of a picture, MSM4SR section IV-A
 
@@ -44,10 +44,16 @@ class Pictures:
     """Encodes pictures, opened ahead in threads. Kinds have `prepare(PIL RGB) -> x`, `forward([x]) -> (n, D)`, `batch`."""
 
     def encode(self, paths):
+        def prepare(frame):
+            try:
+                return self.prepare(frame)
+            except ValueError as e:      # a shape that the encoder's own preparation refuses
+                raise BadPicture(str(e)) from None
+
         def prepared(path):
             try:
-                return [self.prepare(frame) for frame in frames(path)]
-            except ValueError as e:      # BadPicture, or a shape that the encoder's own preparation refuses
+                return frames(path, make=prepare)
+            except BadPicture as e:
                 return str(e)
 
         vectors = np.zeros((len(paths), self.forward([self.prepare(Image.new("RGB", (64, 64)))]).shape[1]), np.float32)
@@ -112,7 +118,7 @@ class TextModel:
         texts = [text.lower() for text in texts] if self.lower else texts
         tokens = self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
         order = sorted(range(len(texts)), key=lambda i: -len(tokens[i]))
-        rows, first, budget = None, 0, TOKENS[self.device.type]
+        rows, first, budget = None, 0, TOKENS.get(self.device.type, TOKENS["cpu"])
         while first < len(order):
             batch = order[first:first + max(1, budget // len(tokens[order[first]]))]
             x = self.tokenizer.pad({"input_ids": [tokens[i] for i in batch]}, return_tensors="pt").to(self.device)
@@ -141,7 +147,7 @@ class VisionModel(Pictures):
     """A Hugging Face vision model: CLIP's projection, else its pooled output, else the class token, else the mean token."""
 
     def __init__(self, name, device):
-        self.model, self.device, self.batch = hugging_face(name, device), device, BATCH[device.type]
+        self.model, self.device, self.batch = hugging_face(name, device), device, BATCH.get(device.type, BATCH["cpu"])
         self.processor = hugging_face_part("AutoImageProcessor", name, backend="pil")     # torchvision's differs in bits
         self.has_class = any(key.endswith("cls_token") for key, _ in self.model.named_parameters())
         self.about = about_model(name, self.model, "transformers", "pillow", backend="pil",
@@ -172,9 +178,9 @@ class OpenClipText:
 
     @torch.inference_mode()
     def encode(self, texts):
-        rows, cut = [], 0
-        for first in range(0, len(texts), BATCH[self.device.type]):
-            tokens = self.tokenizer(texts[first:first + BATCH[self.device.type]])  # (n, context length), cut to it
+        rows, cut, size = [], 0, BATCH.get(self.device.type, BATCH["cpu"])
+        for first in range(0, len(texts), size):
+            tokens = self.tokenizer(texts[first:first + size])                     # (n, context length), cut to it
             cut += int((tokens[:, -1] != 0).sum())
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 rows.append(self.model.encode_text(tokens.to(self.device)).float())
@@ -184,7 +190,7 @@ class OpenClipText:
 class OpenClipPictures(Pictures):
     def __init__(self, name, device):
         self.model, _, self.prepare, self.about = open_clip_model(name, device)
-        self.device, self.batch = device, BATCH[device.type]
+        self.device, self.batch = device, BATCH.get(device.type, BATCH["cpu"])
 
     @torch.inference_mode()
     def forward(self, pictures):
@@ -249,7 +255,7 @@ def hugging_face_part(kind, name, **options):
         import transformers
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        return getattr(transformers, kind).from_pretrained(name, **options)
+        return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
     except Exception as e:               # a missing file, a missing network, a foreign format: each has its own type
         raise UserError(f"the encoder {name} cannot be loaded ({reason_of(e)}): give the name or folder of a Hugging Face "
                         f"model, or a built-in encoder ({' or '.join(BUILT_IN.values())})") from None
@@ -295,6 +301,7 @@ def about_model(name, model, *packages, **more):
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
     return {"weights": {f.name: sha256(f) for f in files} or name,
             "commit": getattr(getattr(model, "config", None), "_commit_hash", None),
+            "precision": "bfloat16" if next(model.parameters()).is_cuda else "float32",
             "versions": {p: version(p) for p in ("torch", *packages)}, **more}
 
 

@@ -18,6 +18,7 @@ says what the numbers are: encoder, weights, versions, template, SHA-256 of the 
 of other items, or of another order of them, is refused. Work goes in parts that are kept, so a killed run goes on.
 """
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
@@ -54,19 +55,21 @@ def features(data, modality, text=None, image=None, device=None, reads=None) -> 
     encoder = encoders(data, text, image)[modality]
     path = feature_path(data.folder, modality, encoder)
     keys = [item["key"] for item in data.items[1:]]
-    if path.is_file():
+
+    def changed():
         about = read_json(path.with_suffix(".json"))
         if (about["items_sha256"], about["encoder"]) != (keys_sha256(keys), encoder):
             raise UserError(f"{path} was made for other items, for another order of them, or by another encoder: "
                             f"remove it, then it is made again")
         inputs = inputs_of(data, modality)[1]
-        if inputs and about.get("inputs_sha256") not in (None, fingerprint(inputs, modality)):
-            print(f"the {modality} inputs of {data.name} have changed: their old features are now {set_aside(path)}")
-    if not path.is_file():
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with alone_in(data.folder):
-            if not path.is_file():       # another process made it meanwhile
-                extract(data, modality, encoder, keys, device)
+        return inputs and about.get("inputs_sha256") not in (None, fingerprint(inputs, modality))
+
+    if not path.is_file() or changed():
+        with alone_in(data.folder):      # another process may have made it meanwhile
+            if path.is_file() and changed():
+                print(f"the {modality} inputs of {data.name} have changed: their old features are now {set_aside(path)}")
+            if not path.is_file():
+                extract(data, modality, encoder, keys, pick_device(device))
     tensors = load_tensors(path)[0]
     vectors, index = tensors.get("vectors"), tensors.get("index")
     if vectors is None or index is None or len(index) != len(keys) + 1 or not 0 <= index.min() <= index.max() < len(vectors):
@@ -100,9 +103,10 @@ def sentences_of(item) -> list:
 
 
 def fingerprint(inputs, modality) -> str:
-    """SHA-256 of what is encoded: sentences, or the names and sizes of picture files."""
+    """SHA-256 of what is encoded: sentences, or the names and sizes of picture files, in a folder those of its frames."""
     if modality == "image":
-        inputs = [f"{Path(p).parent.name}/{Path(p).name} {Path(p).stat().st_size}" for p in inputs]
+        files = (f for p in map(Path, inputs) for f in ([p, *sorted(p.iterdir())] if p.is_dir() else [p]))
+        inputs = [f"{f.parent.name}/{f.name} {f.stat().st_size}" for f in files]
     return keys_sha256(inputs)
 
 
@@ -141,6 +145,7 @@ def in_parts(folder, encode, inputs, size, about):
     Inputs of similar length lie in one part, the longest first. Returns the vectors (len(inputs), D) in the order of the
     inputs, the failures {input: reason}, and how many texts were cut.
     """
+    about = json.loads(json.dumps(about))        # as it is read back: a tuple is a list there
     if folder.exists() and (not (folder / "about.json").is_file() or read_json(folder / "about.json") != about):
         shutil.rmtree(folder)            # parts of other inputs or of another encoder
     write_json(folder / "about.json", about)
@@ -164,6 +169,20 @@ def in_parts(folder, encode, inputs, size, about):
 
 # ---------------------------------------------------------------- the command line
 
+def pick_device(name=None):
+    """torch.device; says in one line when there is no GPU. Raises UserError for a device that is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            print(f"no GPU found: running on the CPU with {torch.get_num_threads()} threads")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from None
+    return device
+
+
 def add_arguments(parser):
     """The flags that say which data and which encoders."""
     datasets.add_arguments(parser)
@@ -178,10 +197,11 @@ def main():
     add_arguments(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     args = parser.parse_args()
+    device = pick_device(args.device)
     data = datasets.load_for(args)
     data.fetch_pictures()                # what an earlier run could not get is asked for again
     for modality, encoder in encoders(data, args.text, args.image).items():
-        tensors = features(data, modality, args.text, args.image, args.device)
+        tensors = features(data, modality, args.text, args.image, device)
         _, has, stack, mask = (tensors[key] for key in KEYS[modality])
         print(f"{modality} by {encoder}: {int(has.sum())} of {data.n_items} items, {int(mask.sum())} vectors of "
               f"{stack.shape[-1]} numbers, {feature_path(data.folder, modality, encoder)}")

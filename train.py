@@ -29,12 +29,14 @@ from tqdm import tqdm
 import data as datasets
 import evaluate as evaluation
 import extract_features
+from extract_features import pick_device
 from sources.common import (UserError, alone_in, atomic, command, load_tensors, read_json, save_tensors, set_aside,
                             write_json)
 
 HERE = Path(__file__).resolve().parent
 MODELS = sorted(p.stem for p in (HERE / "models").glob("[a-z]*.py"))
 SELECT = "ndcg@10"                       # the validation metric that chooses the epoch
+COUNTS = ("dim", "inner", "heads", "layers", "max_len", "batch_size", "epochs", "patience")   # at least 1
 CHECK_EVERY = 500                        # steps between two looks at the flag for bad steps, within long epochs
 SCHEDULES = {                            # learning-rate factor at a share of all epochs, 0 <= share < 1
     "constant": lambda share: 1.0,
@@ -114,8 +116,7 @@ def configure(module, args, data_name):
     preset = getattr(module, "PRESETS", {}).get(data_name.removesuffix("-folder"), {})
     given = {n: getattr(args, n) for n in defaults if getattr(args, n) is not None}
     for name, value in given.items():
-        counts = ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience")
-        if name in counts and value < min(1, defaults[name]):
+        if name in COUNTS and value < min(1, defaults[name]):
             raise UserError(f"--{name} {value} is too small: it must be at least 1")
         if (name in ("lr", "pretrain_lr", "encoder_lr") and not 0 < value < np.inf
                 or name in ("weight_decay", "encoder_weight_decay", "pretrain_epochs") and not 0 <= value < np.inf
@@ -125,20 +126,6 @@ def configure(module, args, data_name):
     if preset:
         print(f"settings for {data_name}: " + ", ".join(f"{k} {v}" for k, v in preset.items() if k not in given))
     return module.Config(**{**preset, **given})
-
-
-def pick_device(name=None):
-    """torch.device; says in one line when there is no GPU. Raises UserError for a device that is not there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu":
-            print(f"no GPU found: running on the CPU with {torch.get_num_threads()} threads")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from None
-    return device
 
 
 # ---------------------------------------------------------------- building
@@ -155,15 +142,22 @@ def build_catalog(module, data, text, image, device):
 
 
 def pretraining(args, module, cfg, data, catalog, device):
-    """(data, catalog) of the pre-training stage: those of the run, unless --pretrain-data or --cold_start say otherwise."""
-    if args.pretrain_data is None and not args.cold_start:
-        return data, catalog
+    """(data, catalog, weights) of the pre-training stage.
+
+    Data and catalog are those of the run, unless --pretrain-data or --cold_start say otherwise; weights are those of
+    --init, else None. Where only one side has a modality, the other's features get its width.
+    """
     sets, catalogs, ours = [data], [catalog], encoders_of(module, cfg, data, args)
+    elsewhere = args.pretrain_data is not None or args.cold_start
     why = f"{args.model} is not pre-trained" if not hasattr(module, "Pretrain") else \
         "--init takes over a pre-training that is done" if args.init else \
         "--pretrain_epochs 0 is no pre-training" if cfg.pretrain_epochs == 0 else None
-    if why:
+    if elsewhere and why:
         raise UserError(f"{why}: leave --pretrain-data and --cold_start out")
+    weights, widths = load_pretrained(module, args.init, ours) if args.init else (None, {})
+    datasets.align_widths([catalog], widths)
+    if not elsewhere:
+        return data, catalog, weights
     if args.pretrain_data is not None:
         names = [name.strip() for name in args.pretrain_data.split(",")]
         if not all(names):
@@ -176,7 +170,7 @@ def pretraining(args, module, cfg, data, catalog, device):
         catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]
         datasets.align_widths([catalog, *catalogs])
     joined = datasets.training_parts(sets, args.cold_start)
-    return joined, datasets.join_catalogs(catalogs, joined)
+    return joined, datasets.join_catalogs(catalogs, joined), weights
 
 
 def encoders_of(module, cfg, data, args):
@@ -229,6 +223,7 @@ def open_run(run, device=None):
     except TypeError as e:
         raise UserError(f"{run} was made by another version of the model ({e}): train it again") from None
     catalog = build_catalog(module, data, settings["text"], settings["image"], device)
+    datasets.align_widths([catalog], settings.get("widths", {}))
     model = build(module.Model, cfg, catalog, device, settings["seed"])
     load_weights(model, run / "model.safetensors")
     return model, data, cfg, device
@@ -411,11 +406,11 @@ def stages_of(module, cfg):
 def train(args, module, cfg, data, catalog, first, device, run):
     """All stages of one seed; leaves the best weights in `run` and in the model returned with the progress.
 
-    first: (data, catalog) of the pre-training stage.
+    first: what `pretraining` returned.
     """
     tensors, progress = load_tensors(run / "state.safetensors") if (run / "state.safetensors").is_file() else ({}, None)
     _cut_log(run / "log.jsonl", progress)
-    pretrained = load_pretrained(module, args.init, encoders_of(module, cfg, data, args))
+    pretrained = first[2]
     for stage in stages_of(module, cfg):
         if stage.name == "pretrain" and args.init:
             continue
@@ -443,23 +438,22 @@ def train(args, module, cfg, data, catalog, first, device, run):
 
 
 def load_pretrained(module, run, encoders):
-    """Pre-trained weights of a run's folder (None: none), its pre-training stage's or, without one, its best. UserError.
+    """(weights, widths of features) of a run's folder: its pre-training stage's or, without one, its best. UserError.
 
     encoders: those of this run; a line is printed where they were others.
     """
-    if run is None:
-        return None
     if not hasattr(module.Model, "init_from"):
         raise UserError("--init means nothing for this model: it has no init_from")
     path = next((p for p in (Path(run) / "pretrain.safetensors", Path(run) / "model.safetensors") if p.is_file()), None)
     if path is None:
         raise UserError(f"--init {run} holds no weights: give the folder of a run that is finished")
     config = Path(run) / "config.json"
-    theirs = read_json(config).get("encoders", encoders) if config.is_file() else encoders
+    about = read_json(config) if config.is_file() else {}
+    theirs = about.get("encoders", encoders)
     if theirs != encoders:
         print(f"warning: {run} was trained with {' and '.join(theirs.values())}, this run has "
               f"{' and '.join(encoders.values())}")
-    return load_tensors(path)[0]
+    return load_tensors(path)[0], about.get("widths", {})
 
 
 def _cut_log(path, progress):
@@ -485,8 +479,8 @@ def run_seed(args, module, cfg, data, catalog, first, device):
                 "seed": args.seed, "split": args.split, "text": args.text, "image": args.image,
                 "mask_history": args.mask_history, "clip_norm": args.clip_norm, "train_share": args.train_share,
                 "pretrain_data": args.pretrain_data, "cold_start": args.cold_start, "init": args.init,
-                "encoders": encoders_of(module, cfg, data, args), "config": dataclasses.asdict(cfg),
-                "sequences_sha256": data.about["sequences_sha256"]}
+                "encoders": encoders_of(module, cfg, data, args), "widths": datasets.widths_of(catalog),
+                "config": dataclasses.asdict(cfg), "sequences_sha256": data.about["sequences_sha256"]}
     if missing := [split for split, at in data.targets.items() if at.max() < 0]:
         raise UserError(f"{data.name} has no {' and no '.join(missing)} targets under --split {data.split}: it needs users "
                         f"with more interactions")
@@ -552,7 +546,8 @@ def main():
         if min(seeds) < 0:
             raise ValueError
     except ValueError:
-        raise UserError(f"--seeds {args.seeds or args.seed} is not a list of whole numbers such as 0,1,2") from None
+        raise UserError(f"--seed {args.seed} must not be negative" if args.seeds is None else
+                        f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2") from None
     if not args.clip_norm > 0:
         raise UserError(f"--clip_norm {args.clip_norm} must be above 0")
     device = pick_device(args.device)

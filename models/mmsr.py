@@ -118,12 +118,12 @@ def load_encoder(name, modality):
                 model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **TINY[kind]))
             return model, tiny_tokens if modality == "text" else ([.5] * 3, [.5] * 3)
         model, info = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                             output_loading_info=True)
+                                                             output_loading_info=True, trust_remote_code=False)
         if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
             raise ValueError(f"it lacks weights: {', '.join(missing[:3])}, ...")
         if modality == "text":
-            return model, transformers.AutoTokenizer.from_pretrained(name)
-        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
+            return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
         return model, (processor.image_mean, processor.image_std)
     except Exception as e:               # no such folder, no network, a foreign format: each has its own type
         reason = str(e).strip().splitlines()[0]

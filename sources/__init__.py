@@ -8,7 +8,8 @@ A source module has four functions (see folder.py for the shortest):
     read(folder, name) -> Raw            read the raw files (name is None for somebody's own folder)
 
 and `NAMES`, the names for help texts. `BY = ("article", "product")`, where a source has it, says what an item can be,
-the default first; read then takes it as `by`.
+the default first; read then takes it as `by`. `pictures_in(folder) -> int`, where it has it, counts the pictures whose
+paths read finds by looking: when there are more than before, the folder is read again.
 """
 import importlib
 import json
@@ -66,7 +67,8 @@ def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
     suffix = (f"-{by}" if by in kinds[1:] else "") + (f"-core{core}" if core is not None else "")
     base = _slug(name) if name else _folder_name(folder, root, suffix)
     raw_folder, out = root / "raw" / base if name else folder, root / (base + suffix)
-    fresh = lambda: _is_fresh(out, origin, None if name else raw_folder)
+    pictures_in = getattr(source, "pictures_in", lambda folder: 0)
+    fresh = lambda: _is_fresh(out, origin, None if name else raw_folder, pictures_in(raw_folder))
     if fresh():
         return out
     root.mkdir(parents=True, exist_ok=True)
@@ -81,7 +83,7 @@ def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
             raw.core = core
         build(raw, out, {"format": FORMAT, "name": out.name, "from": origin,
                          "source": source.__name__.rpartition(".")[2], "by": by or (kinds[0] if kinds else None),
-                         "pictures": f"../raw/{base}/pictures",
+                         "pictures": f"../raw/{base}/pictures", "pictures_in": pictures_in(raw_folder),
                          "files": {p.name: _fingerprint(p) for p in _raw_files(raw_folder)}})
     return out
 
@@ -139,7 +141,7 @@ def build(raw: Raw, out: Path, about: dict):
             np.savez(f, **sequences)
         with atomic(tmp / "users.txt") as f:
             f.writelines(f"{user_keys[u]}\n" for u in kept_users)
-        for stem, arrays in raw.extra.items():
+        for stem, arrays in raw.extra.items() if raw.core <= 1 else ():          # they know the items by their numbers
             with atomic(tmp / f"{stem}.npz", "wb") as f:
                 np.savez(f, **arrays)
         for modality, (encoder, rows) in raw.features.items():
@@ -182,7 +184,7 @@ def _folder_name(folder, root, suffix) -> str:
     """Name, up to the suffix, for somebody's folder: its own, made different from the known sets' and another folder's."""
     resolved = folder.resolve()
     name = _slug(resolved.name)
-    if name in NAMES or name == "raw" or re.match(r"amazon20\d\d-", name):
+    if name in (*NAMES, "raw", "cache") or re.match(r"amazon20\d\d-", name):
         name += "-folder"
     taken = root / (name + suffix) / "source.json"
     if taken.is_file() and read_json(taken).get("from") != str(resolved):
@@ -201,12 +203,12 @@ def _fingerprint(path) -> dict:
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
 
 
-def _is_fresh(out, origin, folder) -> bool:
-    """Was `out` made from these files? A fetched data set (folder None) does not change."""
+def _is_fresh(out, origin, folder, pictures) -> bool:
+    """Was `out` made from these files? Those of a fetched data set (folder None) do not change, but for its pictures."""
     if not (out / "source.json").is_file():
         return False
     about = read_json(out / "source.json")
-    if (about.get("format"), about.get("from")) != (FORMAT, origin):
+    if (about.get("format"), about.get("from")) != (FORMAT, origin) or pictures > about.get("pictures_in", 0):
         return False
     if folder is None:
         return True

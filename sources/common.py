@@ -68,7 +68,10 @@ def clean_text(value) -> str:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return " ".join(filter(None, map(clean_text, value)))
+        try:
+            return " ".join(filter(None, map(clean_text, value)))
+        except RecursionError:           # nobody nests texts that deep in earnest
+            return ""
     text = TAG.sub(" ", html.unescape(html.unescape(str(value))))
     if not text.isprintable():           # control characters, lone surrogates
         text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
@@ -146,7 +149,8 @@ def atomic(path, mode="w"):
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        os.fchmod(fd, 0o644)
+        if hasattr(os, "fchmod"):        # not everywhere on Windows
+            os.fchmod(fd, 0o644)
         with os.fdopen(fd, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as f:
             yield f
             f.flush()

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
@@ -127,9 +127,12 @@ def _images(row, report):
     images = row.get("images", row.get("image")) or []
     kept = []
     for image in images if isinstance(images, list) else [images]:
-        path = PurePosixPath(image) if isinstance(image, str) and not SURROGATE.search(image) else None
-        if path and (image.startswith(("http://", "https://"))
-                     or not (path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image)):
+        if image == "":
+            continue
+        path = PurePosixPath(image) if isinstance(image, str) and not SURROGATE.search(image) else PurePosixPath()
+        inside = path.parts and not (path.is_absolute() or PureWindowsPath(image).drive or ".." in path.parts
+                                     or "\\" in image or "\0" in image)
+        if inside or path.parts and image.startswith(("http://", "https://")):
             kept.append(image)
         else:
             report["picture paths refused"] += 1

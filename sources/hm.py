@@ -9,6 +9,7 @@ Its first seven digits are the product, whose colours the articles are; `by` say
 Source: https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations (asks for a login).
 """
 import glob
+import os
 import re
 from datetime import datetime
 from functools import lru_cache
@@ -108,10 +109,15 @@ def _read_articles(path, sold, digits) -> tuple:
                             "duplicate_articles": counts["lines"] - sum(counts["bad_lines"].values()) - len(seen)}
 
 
+def pictures_in(folder) -> int:
+    """How many files lie in the picture folders, which may come after the tables."""
+    return len(glob.glob("images/*/*", root_dir=folder))
+
+
 def _images(folder, sold, digits) -> dict:
     """sold item -> paths of its articles' pictures, in the articles' order, from one walk over the picture folders."""
     images = {}
-    for path in sorted(glob.glob("images/*/*", root_dir=folder)):
+    for path in sorted(path.replace(os.sep, "/") for path in glob.glob("images/*/*", root_dir=folder)):
         match = PICTURE.fullmatch(path)
         if match and match[1][:digits] in sold and len(images.setdefault(match[1][:digits], [])) < MAX_IMAGES:
             images[match[1][:digits]].append(path)

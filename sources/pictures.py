@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -34,6 +34,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")     # the only formats that are 
 SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 PIXELS = 89_478_485                     # in one picture; above it Pillow warns of decompression bombs
 MOTION = 10 * PIXELS                    # in all frames of an animation, which are decoded one after the other
+THIN = 100                              # sides' ratio above which encoders that scale the shorter side ask for gigabytes
+LARGE = threading.Lock()                # one large picture at a time takes a gigabyte while it is opened
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 SILENT = ("timeout", "no connection")   # no answer: the fault may be on this side
 PASSING = re.compile(r"timeout|no connection|http (408|429|5\d\d)")
@@ -53,10 +55,10 @@ def open_picture(source) -> Image.Image:
         return _rgb(picture)
 
 
-def frames(path, most=10) -> list:
+def frames(path, most=10, make=lambda picture: picture) -> list:
     """At most `most` RGB pictures at a fixed stride, from an animation or a folder of frames; a still picture gives one.
 
-    A folder's files are taken in natural order, frame2 before frame10. Raises BadPicture, which names a folder's file.
+    make: what becomes of each picture before the next is opened; large ones are worked on one at a time. A folder's files are taken in natural order, frame2 before frame10. Raises BadPicture, which names a folder's file.
     """
     path = Path(path)
     if not path.is_dir():
@@ -67,7 +69,7 @@ def frames(path, most=10) -> list:
             images = []
             for number in range(0, total, max(total // most, 1))[:most]:
                 picture.seek(number)
-                images.append(_rgb(picture))
+                images.append(_made(picture, make))
             return images
     files = sorted((file for file in sorted(path.iterdir()) if not file.name.startswith(".") and file.is_file()),
                    key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
@@ -76,7 +78,8 @@ def frames(path, most=10) -> list:
     images = []
     for file in files[::max(len(files) // most, 1)][:most]:
         try:
-            images.append(open_picture(file))
+            with _opened(file) as picture:
+                images.append(_made(picture, make))
         except BadPicture as error:
             raise BadPicture(f"{file.name}: {error}") from None
     return images
@@ -103,10 +106,17 @@ def _opened(source):
         raise BadPicture("cut off" if "truncated" in str(error).lower() else "damaged") from error
 
 
+def _made(picture, make):
+    with LARGE if picture.width * picture.height > PIXELS // 8 else nullcontext():
+        return make(_rgb(picture))
+
+
 def _rgb(picture):
     """The present frame as RGB: upright, white where it is transparent, 16-bit grey scaled to 8 bits."""
     if picture.size == (1, 1):
         raise BadPicture("one pixel: a placeholder")
+    if max(picture.size) > THIN * min(picture.size):
+        raise BadPicture(f"too thin: {picture.width} x {picture.height}")
     if picture.width * picture.height > PIXELS:
         raise BadPicture(f"too many pixels: {picture.width} x {picture.height}")
     picture.load()

@@ -1,4 +1,5 @@
 """extract_features.py and encoders.py: small random models of the real kinds, against plain forms of the same numbers."""
+import contextlib
 import functools
 import http.server
 import importlib.util
@@ -14,6 +15,7 @@ from PIL import Image
 import data as datasets
 import encoders
 import extract_features as extraction
+import train
 from sources import pictures
 from sources.common import UserError, feature_path, load_tensors, read_json
 
@@ -154,6 +156,27 @@ class TestFiles:
         Image.new("RGB", (9, 9), "red").save(shop / "a.png")
         assert extraction.features(load(), "image", image="pixels")["has_image"][1:].all()
 
+    def test_frames_that_change_are_noticed(self, data, shop):
+        (folder,) = (p for p in shop.rglob("*") if p.is_dir() and p.parent != shop)
+        before = extraction.fingerprint([str(folder)], "image")
+        assert before == extraction.fingerprint([str(folder)], "image")
+        picture(next(folder.iterdir()), "white", (90, 90))
+        assert before != extraction.fingerprint([str(folder)], "image")
+
+    def test_two_processes_that_see_a_change_set_the_old_file_aside_once(self, data, shop, monkeypatch):
+        extraction.features(data, "image", None, "pixels")
+        picture(shop / "img" / "a.png", "white", (90, 90))
+
+        @contextlib.contextmanager
+        def after_another(folder):
+            monkeypatch.setattr(extraction, "alone_in", lambda folder: contextlib.nullcontext())
+            extraction.features(data, "image", None, "pixels")
+            yield
+
+        monkeypatch.setattr(extraction, "alone_in", after_another)
+        extraction.features(data, "image", None, "pixels")
+        assert len(list((data.folder / "features").glob("image*safetensors~*"))) == 1
+
     def test_features_without_their_pictures_still_serve(self, data, shop):
         before = extraction.features(data, "image", None, "pixels")
         (shop / "img").rename(shop / "elsewhere")
@@ -177,6 +200,12 @@ class TestParts:
         assert self.calls == [["stop", "ccc"], ["bb", "a"]]
         assert rows.tolist() == [[len(x), ord(x[0])] for x in inputs] and failures == {"bb": "bad"} and cut == 3
 
+    def test_what_json_reads_back_otherwise_is_the_same(self, tmp_path):
+        self.calls, self.fails, about = [], False, {"processor": {"mean": (.5, .5)}}
+        for _ in range(2):
+            extraction.in_parts(tmp_path / "x.parts", self.encode, ["a", "bb"], 2, about)
+        assert len(self.calls) == 1
+
     def test_parts_of_other_inputs_are_not_used(self, tmp_path):
         self.calls, self.fails = [], False
         extraction.in_parts(tmp_path / "x.parts", self.encode, ["a", "bb"], 2, {"inputs": 1})
@@ -198,7 +227,8 @@ class TestCommand:
 
     @pytest.mark.parametrize("flags", [
         ("--text", "pixels"), ("--text", "no-such-folder/model", "--image", "pixels"),
-        *(("--text", "hash", "--image", name) for name in ("ViT-B-32:no_such_tag", "no-such-arch:x", "keywords:hash"))])
+        *(("--text", "hash", "--image", name) for name in ("ViT-B-32:no_such_tag", "no-such-arch:x", "keywords:hash")),
+        ("--text", "hash", "--device", "abacus")])
     def test_what_cannot_be_had_is_one_sentence(self, shop, tmp_path, flags, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         done = run("extract_features.py", "--data", shop, *flags, cwd=tmp_path, ok=False)
@@ -324,6 +354,19 @@ class TestTextModel:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match="lacks weights"):
             encoders.open_encoder("text", str(folder), CPU)
+
+    def test_code_beside_a_model_is_never_run(self, tmp_path, monkeypatch):
+        name = save_text_model(tmp_path / "m")
+        config = read_json(tmp_path / "m" / "config.json") | {"model_type": "own", "auto_map": {
+            "AutoConfig": "code.Own", "AutoModel": "code.Own", "AutoTokenizer": ["code.Own", None]}}
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+        (tmp_path / "m" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        with pytest.raises(UserError, match="cannot be loaded"):
+            encoders.open_encoder("text", name, CPU)
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            train.load_model_file("mmsr").load_encoder(name, "text")
+        assert not (tmp_path / "ran").exists()
 
     def test_no_weights_but_safetensors(self, tmp_path):
         from safetensors.torch import load_file

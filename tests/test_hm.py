@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import data as datasets
 from sources import build, hm
 from sources.common import UserError, k_core
 
@@ -250,6 +251,16 @@ def test_a_product_has_at_most_ten_pictures(tmp_path):
     names = [f"0108775{i:03}.jpg" for i in range(14)]
     pictures(tmp_path, *reversed(names))
     assert hm.read(tmp_path, None, "product").catalog["0108775"]["images"] == [f"images/010/{n}" for n in names[:10]]
+
+
+def test_pictures_that_come_later_are_noticed(tmp_path):
+    sales(tmp_path / "shop", [sale(), sale("0108775044")])
+    load = lambda: datasets.load(tmp_path / "shop", root=tmp_path / "data").has["image"].sum()
+    assert load() == 0
+    pictures(tmp_path / "shop", "0108775015.jpg")
+    assert load() == 1 and (tmp_path / "data" / "shop~1").is_dir()
+    load()
+    assert not (tmp_path / "data" / "shop~2").exists()
 
 
 def test_picture_folder_may_be_a_link(tmp_path):

@@ -78,6 +78,7 @@ BAD = {"svg": (SVG, "not one of five picture formats"), "html": (HTML, "not one 
        "cut gif": (encoded(drawn(), "GIF")[:-300], "cut off"), "cut bmp": (encoded(drawn(), "BMP")[:-300], "cut off"),
        "header": (JPEG[:30], "not one of five|cut off"), "zeros": (PNG[:60] + bytes(500), "cut off|damaged"),
        "placeholder gif": (encoded(Image.new("P", (1, 1)), "GIF"), "one pixel: a placeholder"),
+       "thread": (encoded(Image.new("RGB", (2, 400))), "too thin: 2 x 400"),
        "placeholder png": (encoded(Image.new("RGB", (1, 1))), "one pixel: a placeholder"),
        "large": (huge(9_460, 9_460), "too many pixels: 9460 x 9460"), "larger": (huge(20_000, 20_000), "too many pixels"),
        "no pixels": (huge(0, 0), "not one of five picture formats"),
@@ -201,6 +202,15 @@ def test_frames_of_an_animation(format, tmp_path):
     assert [image.getpixel((1, 1))[0] for image in images] == [i * 10 for i in range(0, 20, 2)]    # stride 25 // 10
     assert {(image.mode, image.size) for image in images} == {("RGB", (6, 4))}
     assert len(frames(tmp_path / "x", most=40)) == 25
+
+
+def test_each_frame_is_worked_on_before_the_next_and_large_ones_alone(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(animation(COLOURS, "PNG"))
+    held = []
+    for limit in (10 ** 6, 8):                                   # of pixels; the frames have 24
+        monkeypatch.setattr(module, "PIXELS", limit * 8)
+        assert frames(tmp_path / "x", make=lambda image: held.append(module.LARGE.locked()) or image.size) == [(6, 4)] * 10
+    assert held == [False] * 10 + [True] * 10
 
 
 def test_frames_of_a_still_picture(tmp_path):

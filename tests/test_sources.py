@@ -68,9 +68,22 @@ def test_own_folder(tmp_path):
 
 def test_pictures_outside_the_folder_are_refused(tmp_path):
     path = write(tmp_path / "own", "user,item,time\nu,a,1\n",
-                 [{"item": "a", "images": ["../x.jpg", "/etc/passwd", "p/../../x.jpg", "C:\\x.jpg", 7, "ok/a.jpg"]}])
-    raw = folder.read(path, None)
-    assert raw.catalog["a"]["images"] == ["ok/a.jpg"] and raw.report["picture paths refused"] == 5
+                 [{"item": "a", "images": ["../x.jpg", "/etc/passwd", "p/../../x.jpg", "C:\\x.jpg", "C:/x.jpg", 7, "ok/a.jpg",
+                                           "", ".", "./"]}])
+    raw = folder.read(path, None)                                # the data's own folder is no folder of frames
+    assert raw.catalog["a"]["images"] == ["ok/a.jpg"] and raw.report["picture paths refused"] == 8
+
+
+def test_texts_nested_too_deep_are_no_texts(tmp_path):
+    deep = "[" * 900 + '"x"' + "]" * 900
+    path = write(tmp_path / "own", "user,item,time\nu,a,1\n", [f'{{"item": "a", "title": "t", "text": {deep}}}\n'])
+    assert folder.read(path, None).catalog["a"]["title"] == "t"
+
+
+def test_a_folder_never_takes_a_name_that_is_used_otherwise(tmp_path):
+    for name in ("raw", "cache"):
+        path = write(tmp_path / name, "user,item,time\nu,a,1\nu,b,2\n")
+        assert sources.prepare(path, root=tmp_path / "data").name == f"{name}-folder"
 
 
 def test_lone_surrogates_are_no_text(tmp_path):
@@ -140,8 +153,9 @@ def test_order_inside_a_second_is_kept(tmp_path):
 def test_filters_are_counted_in_order(tmp_path):
     events = [("u", "a", 5), ("u", "a", 5), ("u", "a", 9), ("u", "b", 7), ("v", "a", 1), ("v", "b", 2), ("v", "nometa", 3)]
     users, items, times = map(list, zip(*events))
-    raw = Raw(users, items, times, {"a": {"title": "A"}, "b": {}}, need_catalog=True, core=2)
+    raw = Raw(users, items, times, {"a": {"title": "A"}, "b": {}}, need_catalog=True, core=2, extra={"oracle": {"x": [1]}})
     sources.build(raw, tmp_path / "x", {"name": "x"})
+    assert not (tmp_path / "x" / "oracle.npz").exists()          # it knows the items by numbers they no longer have
     about = json.loads((tmp_path / "x" / "source.json").read_text())
     assert [s["interactions"] for s in about["counts"]] == [7, 6, 5, 5]
     assert load(tmp_path / "x") == {"u": ["a", "b", "a"], "v": ["a", "b"]}   # buying again is kept

@@ -15,6 +15,7 @@ from conftest import ROOT, run, write_shop
 from PIL import Image
 
 import data as datasets
+import evaluate as evaluation
 import train
 from sources import common
 from sources.common import UserError
@@ -274,7 +275,8 @@ def test_resume_refuses_other_settings(shop, tmp_path):
     (("--model", "sasrec", "--data", "shop", "--lr", "nan"), "--lr nan"),
     (("--model", "sasrec", "--data", "shop", "--lr", "1e30", "--epochs", "2"), "lower --lr"),
     (("--model", "sasrec", "--data", "shop", "--batch_size", "0"), "--batch_size 0"),
-    (("--model", "sasrec", "--data", "shop", "--seed", "-1"), "--seed"),
+    (("--model", "sasrec", "--data", "shop", "--seed", "-1"), "--seed -1 must not be negative"),
+    (("--model", "mdsrec", "--data", "shop", *CONTENT, "--inner", "-5"), "--inner -5"),
     (("--model", "sasrec", "--data", "shop", "--out", "/proc/nowhere"), "error: "),
     (("--model", "mdsrec", "--data", "shop", *CONTENT, "--neighbors", "-1"), "neighbors must be"),
     (("--model", "fmmsrec", "--data", "shop", *CONTENT, "--schedule", "square"), "invalid choice"),
@@ -331,6 +333,17 @@ def test_pre_training_across_sets_with_and_without_pictures(shop, tmp_path):
     assert width("seen") == width("shop")
     run("train.py", *PRETRAIN, "--data", "blind", "--pretrain-data", "shop", cwd=tmp_path)
     assert width("blind") == 1
+    before = metrics_of(tmp_path / "runs" / "msm4sr-shop-0")["test"]
+    model, data, cfg, device = train.open_run(tmp_path / "runs" / "msm4sr-shop-0")     # shop has no pictures, its weights have
+    again = evaluation.evaluate(model, data, cfg, "test", device)
+    assert before == {key: again[key] for key in before}
+    run("train.py", *PRETRAIN, "--data", "blind", "--init", "runs/msm4sr-seen-0", "--out", "again", cwd=tmp_path)
+
+
+def test_a_run_that_starts_from_itself(shop, tmp_path):
+    for init in ((), ("--init", "runs/msm4sr-shop-0")):
+        done = run("train.py", *PRETRAIN, "--data", "shop", *init, cwd=tmp_path)
+    assert "runs/msm4sr-shop-0~1" in done.stdout
 
 
 def test_weights_of_other_features_are_named(shop, tmp_path):
