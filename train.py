@@ -142,10 +142,10 @@ def build_catalog(module, data, text, image, device):
 
 
 def pretraining(args, module, cfg, data, catalog, device):
-    """(data, catalog, weights) of the pre-training stage.
+    """The data and catalog of the pre-training stage, and the weights of --init (else None), as one namespace.
 
-    Data and catalog are those of the run, unless --pretrain-data or --cold_start say otherwise; weights are those of
-    --init, else None. Where only one side has a modality, the other's features get its width.
+    Data and catalog are those of the run, unless --pretrain-data or --cold_start say otherwise. Where only one side has
+    a modality, the other's features get its width.
     """
     sets, catalogs, ours = [data], [catalog], encoders_of(module, cfg, data, args)
     elsewhere = args.pretrain_data is not None or args.cold_start
@@ -157,7 +157,7 @@ def pretraining(args, module, cfg, data, catalog, device):
     weights, widths = load_pretrained(module, args.init, ours) if args.init else (None, {})
     datasets.align_widths([catalog], widths)
     if not elsewhere:
-        return data, catalog, weights
+        return SimpleNamespace(data=data, catalog=catalog, weights=weights)
     if args.pretrain_data is not None:
         names = [name.strip() for name in args.pretrain_data.split(",")]
         if not all(names):
@@ -170,7 +170,7 @@ def pretraining(args, module, cfg, data, catalog, device):
         catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]
         datasets.align_widths([catalog, *catalogs])
     joined = datasets.training_parts(sets, args.cold_start)
-    return joined, datasets.join_catalogs(catalogs, joined), weights
+    return SimpleNamespace(data=joined, catalog=datasets.join_catalogs(catalogs, joined), weights=None)
 
 
 def encoders_of(module, cfg, data, args):
@@ -410,11 +410,11 @@ def train(args, module, cfg, data, catalog, first, device, run):
     """
     tensors, progress = load_tensors(run / "state.safetensors") if (run / "state.safetensors").is_file() else ({}, None)
     _cut_log(run / "log.jsonl", progress)
-    pretrained = first[2]
+    pretrained = first.weights
     for stage in stages_of(module, cfg):
         if stage.name == "pretrain" and args.init:
             continue
-        model = build(stage.model, cfg, catalog if stage.validate else first[1], device, args.seed)
+        model = build(stage.model, cfg, catalog if stage.validate else first.catalog, device, args.seed)
         weights = run / ("model.safetensors" if stage.validate else "pretrain.safetensors")
         if pretrained is not None:
             try:
@@ -429,7 +429,7 @@ def train(args, module, cfg, data, catalog, first, device, run):
             pretrained = load_tensors(weights)[0]                      # this stage was finished before the interruption
             continue
         resume = (tensors, progress) if progress and progress["stage"] == stage.name else None
-        done = train_stage(model, stage, cfg, data if stage.validate else first[0], args, device, run, resume)
+        done = train_stage(model, stage, cfg, data if stage.validate else first.data, args, device, run, resume)
         if not stage.validate:
             pretrained = {k: v.detach().clone() for k, v in model.state_dict().items()}
             save_tensors(weights, pretrained)
