@@ -262,7 +262,7 @@ class MDSRec(nn.Module):
     def encode(self, name, seq, items, centers=None):
         """One modality's sequence: last state (B, D), and the user's centres (B, k, D) where centres (k, D) are given."""
         B, L = seq.shape
-        x = self.dropout(self.norm(items[seq] + self.position[-L:]))               # eqs. (7), (9)
+        x = self.dropout(self.norm(F.embedding(seq, items) + self.position[-L:]))   # eqs. (7), (9)
         real = (seq != 0) | (torch.arange(L, device=seq.device) == L - 1)          # (B, L), never a row without any
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
         itself = torch.eye(L, dtype=torch.bool, device=seq.device)

@@ -299,7 +299,7 @@ class Tower(nn.Module):
             x = block(x, *also)
             x = x[0] if isinstance(x, tuple) else x
         x = x.flatten(2).mT if self.kind == "resnet" else x
-        return self.norm(x)[back], mask[back]
+        return self.norm(x).index_select(0, back), mask[back]
 
 
 def masked_mean(x, mask):                                        # (U, T, D), (U, T) -> (U, D)
@@ -469,7 +469,7 @@ class MMSR(nn.Module):
         negative = self.negatives(batch["user"], seq.shape[1]) * real if bce else target
         ids, place = torch.stack([seq, target, negative]).unique(return_inverse=True)
         vectors = self.items(ids)                                                  # (U, D): each distinct item once
-        x, right, wrong = vectors[place]                                           # (B, L, D)
+        x, right, wrong = F.embedding(place, vectors)                              # (B, L, D)
         states = self.user(x, seq != 0)                                            # (B, L, D)
         if bce:
             loss = F.softplus((states * wrong).sum(-1)) * ((negative != 0) & (negative != target))

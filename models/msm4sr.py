@@ -279,7 +279,7 @@ class Pretrain(nn.Module):
         if z is None and (not seq.is_cuda or len(m2se.encoders["text"].row) > place.numel()):
             ids, place = place.unique(return_inverse=True)                         # the items of the batch, each once
         z = z or m2se.items(ids)
-        streams = [z[m][place[0]] for m in STACKS]                                 # Z^t, Z^v: (B, L, D)
+        streams = [F.embedding(place[0], z[m]) for m in STACKS]                    # Z^t, Z^v: (B, L, D)
         if self.training and cfg.use_mixup:
             streams = mixup(*streams, seq, cfg.p_max * torch.rand((), device=seq.device))    # P7: one ratio a batch
         h = m2se.transform(streams, seq).flatten(1, 2)                             # (2, R, D), R = B L: h^t, h^v
@@ -298,7 +298,7 @@ class Pretrain(nn.Module):
             for m, own, other, having in zip(STACKS, states, states.flip(0), among):
                 m_hat, m_tilde = self.W[m](own), self.W[m](other)                  # eq. (6)
                 if cfg.use_nip:
-                    losses[f"nip_{m}"] += nip(m_hat, m_tilde, z[m][a], *having, cfg.tau)
+                    losses[f"nip_{m}"] += nip(m_hat, m_tilde, F.embedding(a, z[m]), *having, cfg.tau)
                 if cfg.use_cmcl:
                     losses[f"cmcl_{m}"] += cfg.lam * cmcl(m_hat, m_tilde, *every, cfg.tau)
         return losses                                                              # eq. (11): the loop minimises the sum
@@ -333,7 +333,7 @@ class MSM4SR(Pretrain):
 
     def states(self, seq, table):
         """h^t and h^v side by side, (B, L) -> (B, L, D or 2 D), so that eq. (12) is one product with the candidates."""
-        h = self.m2se.transform([table[m][seq] for m in self.scored], seq)         # M + E; p = rho = 0
+        h = self.m2se.transform([F.embedding(seq, table[m]) for m in self.scored], seq)    # M + E; p = rho = 0
         return torch.cat([F.normalize(s, dim=-1) if self.cfg.cosine else s for s in h], -1)                    # P14
 
     def forward(self, batch):

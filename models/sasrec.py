@@ -112,7 +112,7 @@ class SASRec(nn.Module):
 
     def states(self, seq, table):                                # (B, L) -> (B, L, D)
         L = seq.shape[1]
-        x = self.dropout(self.norm(table[seq] + self.position[-L:]))
+        x = self.dropout(self.norm(F.embedding(seq, table) + self.position[-L:]))
         real = (seq != 0)[:, None, None, :]                                        # (B, 1, 1, L)
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
         itself = torch.eye(L, dtype=torch.bool, device=seq.device)                 # a padded row must see something

@@ -299,8 +299,8 @@ class SRMML(nn.Module):
     def states(self, seq, table):
         """Points of the users' Gaussians at every position: (B, L) -> (B, L, 2d), w/o PM (B, L, d)."""
         L = seq.shape[1]
-        gate = table["gate"][seq]                                                  # (B, L, d)
-        E = {s: self.norm[s](table[s][seq] + self.position[s][-L:]) for s in self.item}            # eq. (5): (B, L, d)
+        gate = F.embedding(seq, table["gate"])                                     # (B, L, d)
+        E = {s: self.norm[s](F.embedding(seq, table[s]) + self.position[s][-L:]) for s in self.item}   # eq. (5): (B, L, d)
         E = {s: gate * self.dropout(x) for s, x in E.items()}                      # eq. (9)
         real = (seq != 0)[:, None, None, :]                                        # (B, 1, 1, L)
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()

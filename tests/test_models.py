@@ -37,11 +37,11 @@ def make_catalog(seed=0, text=True, image=True):
             "image_paths": [None] * (N + 1)}
 
 
-def make(name, tmp_path, seed=0, kind="Model", dropout=.1, **changes):
+def make(name, tmp_path, seed=0, kind="Model", dropout=.1, dim=16, **changes):
     """(module, model, cfg) of a small model on a catalog that holds only what the file READS."""
     module = train.load_model_file(name)
     fields = {f.name for f in dataclasses.fields(module.Config)}
-    settings = {"dim": 16, "max_len": 20, "text_encoder": "tiny", "image_encoder": "tiny", "cache_dir": str(tmp_path),
+    settings = {"dim": dim, "max_len": 20, "text_encoder": "tiny", "image_encoder": "tiny", "cache_dir": str(tmp_path),
                 "dropout": dropout}
     cfg = module.Config(**{k: v for k, v in settings.items() if k in fields})
     full = make_catalog(**changes)
@@ -158,6 +158,24 @@ class TestContract:
             losses = model(make_batch())
             runs.append([v.item() for v in losses.values()] + [p.sum().item() for p in model.parameters()])
         assert runs[0] == runs[1]
+
+    def test_threads_make_no_difference_between_runs(self, name, tmp_path):
+        batch = {key: x.repeat_interleave(40, 0) for key, x in make_batch(length=20).items()}
+        torch.set_num_threads(4)
+        try:
+            _, model, _ = make(name, tmp_path, dim=64, dropout=0.)
+            if not trainable(model):
+                return
+            runs = []
+            for _ in range(4):
+                torch.manual_seed(0)
+                model.zero_grad()
+                sum(model(batch).values()).backward()
+                runs.append({key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None})
+        finally:
+            torch.set_num_threads(1)
+        for other in runs[1:]:
+            torch.testing.assert_close(other, runs[0], rtol=0, atol=0)
 
     def test_state_holds_weights_only_and_loads_on_another_catalog(self, name, tmp_path):
         _, model, _ = make(name, tmp_path)
