@@ -263,13 +263,13 @@ def widths_of(catalog) -> dict:
     return {key: x.shape[-1] for key, x in catalog.items() if torch.is_tensor(x) and x.is_floating_point()}
 
 
-def align_widths(catalogs, known={}):
+def align_widths(catalogs, known=None):
     """Give a modality that a set lacks wholly the feature width of the others, in place. Raises UserError if they differ.
 
     known: {key: width} for features that no set has.
     """
     for key in widths_of(catalogs[0]):
-        widths = {c[key].shape[-1] for c in catalogs if c[key].any()} or {known.get(key)} - {None}
+        widths = {c[key].shape[-1] for c in catalogs if c[key].any()} or {(known or {}).get(key)} - {None}
         if len(widths) > 1:
             raise UserError(f"the features {key} of the data sets differ in width ({', '.join(map(str, sorted(widths)))}): "
                             f"give one --text and one --image encoder for all of them")

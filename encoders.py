@@ -282,7 +282,7 @@ def open_clip_model(name, device):
     try:
         import open_clip
         from transformers import dynamic_module_utils
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0    # a text model that brings code of its own is refused, not asked about
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0    # a text model that brings code is refused, not asked about
         model, prepare = open_clip.create_model_from_pretrained(architecture, weights, device=device)
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as e:               # not installed, no such architecture or tag, no network, a foreign file

@@ -105,7 +105,7 @@ def sentences_of(item) -> list:
 def fingerprint(inputs, modality) -> str:
     """SHA-256 of what is encoded: sentences, or the names and sizes of picture files, in a folder those of its frames."""
     if modality == "image":
-        files = (f for p in map(Path, inputs) for f in ([p, *sorted(p.iterdir())] if p.is_dir() else [p]))
+        files = (f for p in map(Path, inputs) for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file())
         inputs = [f"{f.parent.name}/{f.name} {f.stat().st_size}" for f in files]
     return keys_sha256(inputs)
 

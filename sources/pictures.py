@@ -58,7 +58,8 @@ def open_picture(source) -> Image.Image:
 def frames(path, most=10, make=lambda picture: picture) -> list:
     """At most `most` RGB pictures at a fixed stride, from an animation or a folder of frames; a still picture gives one.
 
-    make: what becomes of each picture before the next is opened; large ones are worked on one at a time. A folder's files are taken in natural order, frame2 before frame10. Raises BadPicture, which names a folder's file.
+    make: what becomes of each picture before the next is opened; large ones are worked on one at a time. A folder's
+    files are taken in natural order, frame2 before frame10. Raises BadPicture, which names a folder's file.
     """
     path = Path(path)
     if not path.is_dir():
