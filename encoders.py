@@ -7,7 +7,7 @@ in and need no download: `hash` and `pixels`. transformers and open_clip are imp
 import re
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.metadata import version
@@ -22,9 +22,14 @@ from sources.common import UserError, read_json, sha256
 from sources.pictures import BadPicture, frames
 
 BUILT_IN = {"text": "hash", "image": "pixels"}
-TOKENS = {"cpu": 2048, "cuda": 65536}    # in one batch of sentences, padding included; on other devices as on the CPU
-BATCH = {"cpu": 32, "cuda": 256}         # pictures, or texts that are all padded to one length
+TOKENS = defaultdict(lambda: 2048, cuda=65536)   # by device: in one batch of sentences, padding included
+BATCH = defaultdict(lambda: 32, cuda=256)        # pictures, or texts that are all padded to one length
 WORDS = 15                               # keywords of a picture, MSM4SR section IV-A
+
+
+def precision(device):
+    """Mixed precision on a GPU: the context that a forward pass runs in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def open_encoder(modality, name, device, texts=()):
@@ -118,11 +123,11 @@ class TextModel:
         texts = [text.lower() for text in texts] if self.lower else texts
         tokens = self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
         order = sorted(range(len(texts)), key=lambda i: -len(tokens[i]))
-        rows, first, budget = None, 0, TOKENS.get(self.device.type, TOKENS["cpu"])
+        rows, first, budget = None, 0, TOKENS[self.device.type]
         while first < len(order):
             batch = order[first:first + max(1, budget // len(tokens[order[first]]))]
             x = self.tokenizer.pad({"input_ids": [tokens[i] for i in batch]}, return_tensors="pt").to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with precision(self.device):
                 pooled = self.pool(x)
             if rows is None:
                 rows = pooled.new_empty(len(order), pooled.shape[1])
@@ -147,7 +152,7 @@ class VisionModel(Pictures):
     """A Hugging Face vision model: CLIP's projection, else its pooled output, else the class token, else the mean token."""
 
     def __init__(self, name, device):
-        self.model, self.device, self.batch = hugging_face(name, device), device, BATCH.get(device.type, BATCH["cpu"])
+        self.model, self.device, self.batch = hugging_face(name, device), device, BATCH[device.type]
         self.processor = hugging_face_part("AutoImageProcessor", name, backend="pil")     # torchvision's differs in bits
         self.has_class = any(key.endswith("cls_token") for key, _ in self.model.named_parameters())
         self.about = about_model(name, self.model, "transformers", "pillow", backend="pil",
@@ -159,7 +164,7 @@ class VisionModel(Pictures):
     @torch.inference_mode()
     def forward(self, pictures):
         x = torch.stack(pictures).to(self.device)                                  # (n, 3, H, W)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with precision(self.device):
             if hasattr(self.model, "get_image_features"):
                 rows = pooler_output(self.model.get_image_features(pixel_values=x))
             else:
@@ -178,11 +183,11 @@ class OpenClipText:
 
     @torch.inference_mode()
     def encode(self, texts):
-        rows, cut, size = [], 0, BATCH.get(self.device.type, BATCH["cpu"])
+        rows, cut, size = [], 0, BATCH[self.device.type]
         for first in range(0, len(texts), size):
             tokens = self.tokenizer(texts[first:first + size])                     # (n, context length), cut to it
             cut += int((tokens[:, -1] != 0).sum())
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with precision(self.device):
                 rows.append(self.model.encode_text(tokens.to(self.device)).float())
         return torch.cat(rows).cpu().numpy(), {}, cut
 
@@ -190,11 +195,11 @@ class OpenClipText:
 class OpenClipPictures(Pictures):
     def __init__(self, name, device):
         self.model, _, self.prepare, self.about = open_clip_model(name, device)
-        self.device, self.batch = device, BATCH.get(device.type, BATCH["cpu"])
+        self.device, self.batch = device, BATCH[device.type]
 
     @torch.inference_mode()
     def forward(self, pictures):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with precision(self.device):
             return self.model.encode_image(torch.stack(pictures).to(self.device)).float().cpu().numpy()
 
 

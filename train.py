@@ -29,6 +29,7 @@ from tqdm import tqdm
 import data as datasets
 import evaluate as evaluation
 import extract_features
+from encoders import precision
 from extract_features import pick_device
 from sources.common import (UserError, alone_in, atomic, command, load_tensors, read_json, save_tensors, set_aside,
                             write_json)
@@ -154,10 +155,10 @@ def pretraining(args, module, cfg, data, catalog, device):
         "--pretrain_epochs 0 is no pre-training" if cfg.pretrain_epochs == 0 else None
     if elsewhere and why:
         raise UserError(f"{why}: leave --pretrain-data and --cold_start out")
-    weights, widths = load_pretrained(module, args.init, ours) if args.init else (None, {})
-    datasets.align_widths([catalog], widths)
-    if not elsewhere:
-        return SimpleNamespace(data=data, catalog=catalog, weights=weights)
+    weights = None
+    if args.init:
+        weights, widths = load_pretrained(module, args.init, ours)
+        datasets.align_widths([catalog], widths)
     if args.pretrain_data is not None:
         names = [name.strip() for name in args.pretrain_data.split(",")]
         if not all(names):
@@ -169,8 +170,10 @@ def pretraining(args, module, cfg, data, catalog, device):
                                 f"{' and '.join(ours.values())}: give one --text and one --image encoder for both")
         catalogs = [build_catalog(module, other, args.text, args.image, device) for other in sets]
         datasets.align_widths([catalog, *catalogs])
-    joined = datasets.training_parts(sets, args.cold_start)
-    return SimpleNamespace(data=joined, catalog=datasets.join_catalogs(catalogs, joined), weights=None)
+    if elsewhere:
+        data = datasets.training_parts(sets, args.cold_start)
+        catalog = datasets.join_catalogs(catalogs, data)
+    return SimpleNamespace(data=data, catalog=catalog, weights=weights)
 
 
 def encoders_of(module, cfg, data, args):
@@ -312,11 +315,6 @@ class ItemRows:
         on_device = torch.as_tensor(self.users[order], device=self.device)
         for first in range(0, len(order), batch_size):
             yield {"item": on_device[first:first + batch_size]}, order[first:first + batch_size]
-
-
-def precision(device):
-    """Mixed precision on a GPU: the context that a forward pass runs in."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def train_epoch(model, forward, optimizer, rows, batch_size, rng, clip_norm, device, where):

@@ -78,12 +78,13 @@ def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
         if name:
             raw_folder = source.fetch(name, raw_folder, mirror)
         print(f"preparing {out} from {raw_folder}", flush=True)
+        seen = pictures_in(raw_folder)   # before they are read: what comes meanwhile is noticed the next time
         raw = source.read(raw_folder, name, **({"by": by or kinds[0]} if kinds else {}))
         if core is not None:
             raw.core = core
         build(raw, out, {"format": FORMAT, "name": out.name, "from": origin,
                          "source": source.__name__.rpartition(".")[2], "by": by or (kinds[0] if kinds else None),
-                         "pictures": f"../raw/{base}/pictures", "pictures_in": pictures_in(raw_folder),
+                         "pictures": f"../raw/{base}/pictures", "pictures_in": seen,
                          "files": {p.name: _fingerprint(p) for p in _raw_files(raw_folder)}})
     return out
 

@@ -129,14 +129,21 @@ def _images(row, report):
     for image in images if isinstance(images, list) else [images]:
         if image == "":
             continue
-        path = PurePosixPath(image) if isinstance(image, str) and not SURROGATE.search(image) else PurePosixPath()
-        inside = path.parts and not (path.is_absolute() or PureWindowsPath(image).drive or ".." in path.parts
-                                     or "\\" in image or "\0" in image)
-        if inside or path.parts and image.startswith(("http://", "https://")):
+        if _is_usable(image):
             kept.append(image)
         else:
             report["picture paths refused"] += 1
     return kept
+
+
+def _is_usable(image) -> bool:
+    if not isinstance(image, str) or SURROGATE.search(image):
+        return False
+    if image.startswith(("http://", "https://")):
+        return True
+    path = PurePosixPath(image)
+    leaves = path.is_absolute() or PureWindowsPath(image).drive or ".." in path.parts or "\\" in image or "\0" in image
+    return bool(path.parts) and not leaves                       # the folder itself is no picture
 
 
 def _bad_line(path, number, problem, report):

@@ -52,10 +52,10 @@ class BadPicture(ValueError):
 def open_picture(source) -> Image.Image:
     """The picture in a file (path) or in bytes, as RGB; of an animation the first frame. Raises BadPicture only."""
     with _opened(source) as picture:
-        return _rgb(picture)
+        return _made(picture)
 
 
-def frames(path, most=10, make=lambda picture: picture) -> list:
+def frames(path, most=10, make=lambda rgb: rgb) -> list:
     """At most `most` RGB pictures at a fixed stride, from an animation or a folder of frames; a still picture gives one.
 
     make: what becomes of each picture before the next is opened; large ones are worked on one at a time. A folder's
@@ -107,7 +107,7 @@ def _opened(source):
         raise BadPicture("cut off" if "truncated" in str(error).lower() else "damaged") from error
 
 
-def _made(picture, make):
+def _made(picture, make=lambda rgb: rgb):
     with LARGE if picture.width * picture.height > PIXELS // 8 else nullcontext():
         return make(_rgb(picture))
 
@@ -225,21 +225,21 @@ class _Web:
         self.folder, self.hosts, self.timeout, self.longest = folder, hosts, timeout, longest
         self.most, self.private, self.busy = most, private, {}      # busy: host -> when to ask it again
         self.stop, self.answered, self.silent = threading.Event(), False, 0
-        self.one = threading.Lock()      # one picture at a time: a large one takes a gigabyte while it is opened
+        self.counting = threading.Lock()
 
     def picture(self, job):
         """(address, item key, file name without suffix) -> the line for the manifest; the file is written if it is good."""
         url, key, name = job
         status, body = self.ask(url)
         row = {"url": url, "item": key, "status": status, "file": None, "bytes": None, "sha256": None}
-        with self.one:
+        with self.counting:
             self.silent += status in SILENT
         if self.silent >= OFFLINE and not self.answered:
             self.stop.set()
         if status == "ok":
             try:
-                with self.one, _opened(body) as picture:
-                    _rgb(picture)
+                with _opened(body) as picture:
+                    _made(picture)
                     file = f"{name}.{SUFFIX[picture.format]}"
             except BadPicture as error:
                 return row | {"status": f"not a picture: {error}"}
