@@ -1,8 +1,9 @@
-"""Cosine to the last item: items are ranked by how alike their text or picture is to the last item's. Nothing is trained.
+"""Cosine to the last item: items are ranked by how alike their text or picture is to the last item's.
 
-The floor for content: it knows no behaviour at all, and so it does not mind whether an item was ever sold.
+An untrained baseline for content: it knows no behaviour at all, and so it does not mind whether an item
+was ever sold.
 
-Reads from the catalog: n_items, text, image.
+Reads from the catalog: n_items, text, image (their forms: CATALOG below).
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -11,48 +12,70 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CATALOG = {
+    "n_items": "int N; item ids are 1..N, 0 is padding",
+    "text": "float (N+1, D), row 0 zero, a zero row = no text",
+    "image": "float (N+1, D), row 0 zero, a zero row = no picture",
+}
 READS = ("text", "image")
 
 
 @dataclass
 class CosineConfig:
-    modality: Literal["text", "image", "both"] = "text"  # what is compared; both: the mean of the two cosines
-    dim: int = 0                         # nothing here has a size: the recipe's words are the same in every file
+    modality: Literal["text", "image", "both"] = "text"    # both: the mean of the two cosines
+    dim: int = 0                         # nothing here has a size: the words that all files share
     heads: int = 0
     layers: int = 0
     dropout: float = 0.0
     max_len: int = 50
-    lr: float = 0.0
-    weight_decay: float = 0.0
-    batch_size: int = 512
-    epochs: int = 0
-    patience: int = 0
-    prefixes: bool = False
 
 
 class Cosine(nn.Module):
     def __init__(self, cfg, catalog):
         super().__init__()
+        check_catalog(catalog)
         kinds = ("text", "image") if cfg.modality == "both" else (cfg.modality,)
-        rows = [F.normalize(catalog[kind].float(), dim=-1) for kind in kinds]      # a missing one stays zero: cosine 0
-        self.register_buffer("rows", torch.cat(rows, -1) / len(rows) ** .5, persistent=False)
+        # a missing feature stays zero: its cosine is 0
+        rows = [F.normalize(catalog[kind].float(), dim=-1) for kind in kinds]
+        rows = torch.cat(rows, -1) / len(kinds) ** .5
+        self.register_buffer("rows", rows, persistent=False)    # (N+1, D)
 
     def forward(self, batch):
-        return {"next_item": self.rows.new_zeros(())}
+        return {"next_item": self.rows.new_zeros(())}    # nothing to train
 
     def encode_items(self):
-        return self.rows                                                           # (N+1, D)
+        return self.rows                                 # (N+1, D)
 
     def score(self, batch, table):
-        return table[batch["seq"][:, -1]] @ table.T                                # (B, N+1)
+        return table[batch["seq"][:, -1]] @ table.T      # (B, N+1)
 
 
 Model, Config = Cosine, CosineConfig
 
 
-if __name__ == "__main__":
+# ---------------- helpers: the same text in every model file
+
+def check(condition, message):
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_catalog(catalog):
+    """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
+    missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
+    check(not missing, f"the catalog lacks {', '.join(missing)}")
+    for key, form in CATALOG.items():
+        value = catalog[key]
+        rows = catalog["n_items"] + 1 if "N+1" in form else None
+        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+
+
+if __name__ == "__main__":    # a check that this file works where it was copied to
     torch.manual_seed(0)
-    model = Cosine(CosineConfig(modality="both"), {"n_items": 3, "text": torch.randn(4, 8), "image": torch.randn(4, 5)})
+    catalog = {"n_items": 3, "text": torch.randn(4, 8), "image": torch.randn(4, 5)}
+    model = Cosine(CosineConfig(modality="both"), catalog)
     scores = model.score({"seq": torch.tensor([[0, 2]])}, model.encode_items())
-    print(scores)
     assert scores.shape == (1, 4) and scores[0, 1:].argmax() == 1
+    print(scores)

@@ -1,124 +1,151 @@
-"""MDSRec: Multimodal Difference Learning for Sequential Recommendation. Changhong Li, Zhiqiang Guo. 2024. arXiv:2412.08103.
+"""MDSRec: Multimodal Difference Learning for Sequential Recommendation.
+Changhong Li, Zhiqiang Guo. 2024. arXiv:2412.08103.
 
-People buy one thing for its look and another for its words, and two items can be alike in one modality only. So: (a) a
-graph of like items per modality, built from features that co-occurrence has been mixed into, turns item ids into one
-item table per modality; (b) each modality has its own Transformer over the user's sequence, in which learned interest
-centres attend to the sequence as well; (c) the three next-item predictions (fused, image, text) are added.
+People buy one thing for its look and another for its words, and two items can be alike in one
+modality only. So: (a) a graph of like items per modality, built from features that co-occurrence
+has been mixed into, turns item ids into one item table per modality; (b) each modality has its own
+Transformer over the user's sequence, and learned interest centres attend to the sequence as well;
+(c) the three next-item predictions are added.
 
-    train_seqs -> O co-occurrence (1, 2)                   E^id --O--> Ebar^id (3) -----------> Trm^id ---> e^id_t -+
-    E^m -> Ebar^m = mu O E^m + E^m (3) -> cosine (4) -> A^m top-H (5)                                               |
-           Ehat^m = A^m E^id (6) ----------------------------------------> Trm^m (9) ---> e^m_t --(rho_m)-----------+-> e^s (17)
-    k-means(E^m) = C^m (10) -> C^m Ehat^m (11) = centres -> attend to the sequence (12-16) -> Gamma (18, 19) -> etilde^m
-    score = e^s . E^id (20) + sum_m rho_m etilde^m . Ehat^m (21, 22)            m = v (image), t (text)
+  train_seqs -> O (1, 2);  Ebar^id = E^id + mu O E^id (3) --------> Trm^id -> e^id_t --------+
+  E^m -> Ebar^m = E^m + mu O E^m (3) -> cosine (4) -> A^m top-H (5)                          |
+         Ehat^m = A^m E^id (6) -----------------------> Trm^m (9) -> e^m_t ----(rho_m)----> e^s (17)
+  k-means(E^m) = C^m (10) -> centres C^m Ehat^m (11) -> attend (12-16) -> Gamma (18, 19) -> etilde^m
+  score = e^s . E^id (20) + sum_m rho_m etilde^m . Ehat^m (21, 22)       m = t (text), v (image)
 
 Readings, where the paper is silent, misprinted or contradicts itself:
-  D1-D2    eqs 1-2: position pairs of different items, symmetric, zero diagonal; training part only, last max_len items.
-  D3, D5   eq 3: rows of O sum to 1 (unnormalised, mu = 0.2 would already drown the modal feature), features have length 1.
-  D4, D8   A^m, O and the clusters are fixed, sparse and built once; eqs 3, 6 and 11 are recomputed every step, with
-           gradient into E^id.
-  D6-D7    eqs 5-6: an item is its own first neighbour, the mean of the H neighbours is taken; H = 0, like 1, is itself.
-  D9, D23  eq 6 and the candidates of eq 20 use E^id, not Ebar^id, as printed.
-  D10, D17 eqs 7-9: three encoders, one position table P; causal blocks with LayerNorm after the residual sum, as in BERT.
-  D11      eq 10: hard assignment of raw features, each row of C divided by its cluster's size, so that C Ehat are means.
-  D12-D14  eqs 12-15: the centres pass the very block that the sequence passes (residual, LayerNorm, GELU between the
-           two linear maps): as printed, two linear maps in a row are one, and without a residual all centres become equal.
-  D15-D16  the centres read the whole input, so only a row's last position may have a loss: one row per prefix.
-  D18, D22 rho_v + rho_t = 1, 0.5 each; tau = 0.2. Neither is given.
-  D19-D21  eq 19: the noise is logistic, though called Gumbel; the usual Gumbel-softmax is meant. None in evaluation.
-  D24-D27  eqs 20-24: scores are raw dot products, the softmax is inside each cross entropy, 1/|U| is over the whole sum;
-           the centre features of eq 16 are per user.
-  D28-D29  layers, heads, inner width and dropout are not given: MISSRec's. 50 items for every data set.
-  D30      features of any encoder; they enter the graphs and the clusters, and a trained layer only in w/o MRGC.
-  D31-D32  the history stays in the ranking, and is left out in the second number of every table; no pre-training.
-  and:     w/o CRE builds the modal graphs from E^m instead of Ebar^m; Ebar^id stays (mu_id = 0 is without that as well).
-           w/o MRGC makes Ehat^m a linear map of E^m. An item without a modality has what co-occurrence gives it (eq 3);
-           if that is nothing, its only neighbour is itself.
+ 1. eqs. 1-2: pairs of positions with different items, in both directions, of the training part.
+ 2. eq. 3: rows of O sum to 1, features have length 1; else mu = 0.2 would drown the features.
+ 3. O, A^m and C^m are made once; eqs. 3, 6 and 11 are computed in every step, with gradient.
+ 4. eqs. 5-6: an item is its own first neighbour; A^m is a mean; H = 0, like 1, is the item itself.
+ 5. eq. 6 and the candidates of eq. 20 use E^id, not Ebar^id, as printed.
+ 6. eqs. 7-9: three encoders, one position table; causal, LayerNorm after the sum, as in BERT.
+ 7. eq. 10: hard clusters of the raw features; a row of C divided by its size: centres are means.
+ 8. eqs. 12-15: centres pass the very block of the sequence, with its residual, LayerNorm and GELU:
+    as printed, two linear maps in a row are one, and without a residual all centres become equal.
+ 9. eqs. 12-16: centres read the whole input, so a row has one target, its last: a row per prefix.
+10. rho_v + rho_t = 1, 0.5 each, and tau = 0.2; neither is given.
+11. eq. 19: the noise is logistic, though called Gumbel: the usual Gumbel-softmax; none in testing.
+12. eqs. 20-24: raw dot products; the softmax is inside each cross entropy; 1/|U| is over the sum.
+13. layers, heads, inner width and dropout are not given: MISSRec's. 50 items for every data set.
+14. w/o CRE builds the modal graphs from E^m; Ebar^id stays (mu_id = 0 is without that as well).
+15. w/o MRGC makes Ehat^m a trained linear map of E^m.
+16. an item without a modality has what co-occurrence gives it (eq. 3), else itself as neighbour.
 
-Reads from the catalog: n_items, text, image, train_seqs. Centres and graphs are buffers, not weights.
+Reads from the catalog: n_items, text, image, train_seqs (their forms: CATALOG below).
 """
+import math
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+CATALOG = {
+    "n_items": "int N; item ids are 1..N, 0 is padding",
+    "text": "float (N+1, D), row 0 zero, a zero row = no text",
+    "image": "float (N+1, D), row 0 zero, a zero row = no picture",
+    "train_seqs": "one list of item ids per user, training part only",
+}
 READS = ("text", "image", "train_seqs")
-MODALITIES = ("image", "text")
+MODALITIES = ("text", "image")
 
 
 @dataclass
 class MDSRecConfig:
     dim: int = 300                       # "fixed embedding size 300"
-    heads: int = 4                       # not in the paper; MISSRec's
+    heads: int = 4                       # not in the paper; MISSRec's (reading 13)
     layers: int = 2                      # L; not in the paper; MISSRec's
     inner: int = 256                     # width of the feed-forward; not in the paper; MISSRec's
     dropout: float = 0.5                 # not in the paper; MISSRec's
-    max_len: int = 50
-    neighbors: int = 10                  # H = 10 in general, tuned per data set (Parameter Settings)
+    max_len: int = 50                    # reading 13
+    neighbors: int = 10                  # H = 10 in general, tuned per set (Parameter Settings)
     centers: int = 32                    # k = 32 in general, tuned per data set
     mu_id: float = 16.0                  # mu^id = 16 (Parameter Settings)
     mu_modal: float = 0.2                # mu^m = 0.2 (Parameter Settings)
-    rho_image: float = 0.5               # rho_v; rho_t = 1 - rho_v (below eq. 17)
-    tau: float = 0.2                     # temperature of eq. 19
+    rho_image: float = 0.5               # rho_v; rho_t = 1 - rho_v (below eq. 17); reading 10
+    tau: float = 0.2                     # temperature of eq. 19; reading 10
     use_dis: bool = True                 # w/o DIS, Table 3: every pair in a sequence counts 1
     use_cre: bool = True                 # w/o CRE, Table 3
     use_mrgc: bool = True                # w/o MRGC, Table 3
     use_ica: bool = True                 # w/o ICA, Table 3
-    optimizer: str = "adam"              # Adam (Parameter Settings)
+    optimizer: Literal["adam", "adamw"] = "adam"    # Adam (Parameter Settings)
     lr: float = 1e-3                     # searched in 1e-4 ... 1e-1 (Parameter Settings)
     weight_decay: float = 0.0
     batch_size: int = 512                # "mini-batch size 512"
     epochs: int = 200                    # at most; not in the paper
     patience: int = 10                   # "a patience of 10"
-    prefixes: bool = True                # D16
+    prefixes: bool = True                # reading 9
+
+    def __post_init__(self):
+        check_recipe(self)
+        check(self.inner >= 1, f"inner {self.inner} is too small: it must be at least 1")
+        check(self.neighbors >= 0, f"neighbors {self.neighbors} must not be negative")
+        check(self.centers >= 1, f"centers {self.centers} must be at least 1")
+        check(0 <= self.rho_image <= 1, f"rho_image {self.rho_image} must be from 0 to 1")
+        check(self.tau > 0, f"tau {self.tau} must be above 0")
 
 
-# the paper's best H and k (its analysis of the neighbor number and the center number); small sets at a CPU's width
+# the paper's best H and k (its analyses of the neighbor number and the center number), and what
+# docs/results.md uses: small sets at a width that suits a CPU, chosen by validation
 PRESETS = {
-    "scientific": dict(neighbors=5, centers=16), "pantry": dict(neighbors=10, centers=16),
-    "baby": dict(neighbors=10, centers=32), "sports": dict(neighbors=20, centers=32),
+    "scientific": dict(neighbors=5, centers=16),
+    "pantry": dict(neighbors=10, centers=16),
+    "baby": dict(neighbors=10, centers=32),
+    "sports": dict(neighbors=20, centers=32),
     "clothing": dict(neighbors=15, centers=64),
     "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, dropout=0.3, lr=2e-3),
-    "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False),       # long histories: a row per prefix is slow
+    # long histories: a row per prefix is slow
+    "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False),
     "demo": dict(centers=4, dim=64, inner=128, lr=3e-3, epochs=20),
 }
 
 
-class SoftmaxLoss(torch.autograd.Function):
-    """Mean cross entropy of states (R, D) over items 1..N of a table (N+1, D).
+# ---------------- co-occurrence, eqs. (1) to (3)
 
-    Works through the rows in chunks and makes the gradient on the way, so the (R, N+1) logits never exist as a whole.
+def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
+    """O and its transpose, sparse (N+1, N+1), zero diagonal.
+
+    O_ij = sum of 1 / |p - q| over all sequences and positions p, q with items i, j (eq. 1),
+    symmetric (eq. 2); then each row is divided by its sum (reading 2).
     """
-
-    @staticmethod
-    def forward(ctx, states, items, target):
-        loss = torch.zeros((), device=states.device, dtype=torch.promote_types(states.dtype, torch.float32))
-        d_states, d_items = torch.zeros_like(states), torch.zeros_like(items)
-        chunk = max(64, 2 ** (26 if states.is_cuda else 21) // len(items))
-        for first in range(0, len(states), chunk):
-            rows = slice(first, first + chunk)
-            logits = (states[rows] @ items.T).to(loss.dtype)                       # (chunk, N+1)
-            logits[:, 0] = -torch.inf                                              # padding is no item
-            logits = logits.log_softmax(1)
-            answer = target[rows, None]
-            loss -= logits.gather(1, answer).sum() / len(states)
-            slope = logits.exp_().scatter_add_(1, answer, logits.new_full(answer.shape, -1.))
-            slope = (slope / len(states)).to(states.dtype)                         # d loss / d logits
-            d_states[rows] = slope @ items
-            d_items += slope.T @ states[rows]
-        ctx.save_for_backward(d_states, d_items)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, slope):
-        d_states, d_items = ctx.saved_tensors
-        return d_states * slope, d_items * slope, None
+    seqs = [seq[-max_len:] for seq in train_seqs]
+    items = torch.tensor([item for seq in seqs for item in seq], dtype=torch.long)
+    lengths = torch.tensor([len(seq) for seq in seqs], dtype=torch.long)
+    user = torch.arange(len(seqs)).repeat_interleave(lengths)
+    pairs = [torch.zeros(2, 0, dtype=torch.long)]
+    values = [torch.zeros(0)]
+    for distance in range(1, max(map(len, seqs), default=1)):
+        i, j = items[:-distance], items[distance:]
+        together = (user[:-distance] == user[distance:]) & (i != j)    # reading 1
+        value = 1 / distance if use_dis else 1.0                       # eq. (1)
+        pairs.append(torch.stack([i, j])[:, together])
+        values.append(torch.full((int(together.sum()),), value))
+    pairs = torch.cat(pairs, 1)                                        # (2, n)
+    values = torch.cat(values)
+    i, j = torch.cat([pairs, pairs.flip(0)], 1)                        # eq. (2): both directions
+    place, pair = torch.unique(i * (n_items + 1) + j, return_inverse=True)
+    O = torch.zeros(len(place)).index_add_(0, pair, torch.cat([values, values]))
+    i, j = place // (n_items + 1), place % (n_items + 1)
+    total = torch.zeros(n_items + 1).index_add_(0, i, O)
+    by_row = O / total[i]
+    by_column = O / total[j]    # O is symmetric, so this is the transpose of the other
+    shape = (n_items + 1, n_items + 1)
+    with torch.sparse.check_sparse_tensor_invariants(enable=True):
+        index = torch.stack([i, j])
+        return (
+            torch.sparse_coo_tensor(index, by_row, shape, is_coalesced=True),
+            torch.sparse_coo_tensor(index, by_column, shape, is_coalesced=True),
+        )
 
 
 class Mix(torch.autograd.Function):
-    """O E for a fixed sparse matrix O (N+1, N+1) and its transpose. In float32: GPUs have no sparse product in bfloat16."""
+    """O E for a fixed sparse O (N+1, N+1), with its transpose, and E (N+1, D).
+
+    In float32: GPUs have no sparse product in bfloat16.
+    """
 
     @staticmethod
     def forward(ctx, O, O_T, E):
@@ -132,194 +159,330 @@ class Mix(torch.autograd.Function):
         return None, None, torch.sparse.mm(ctx.O_T, slope)
 
 
-def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
-    """O of eqs (1) and (2), rows divided by their sums (D3), and its transpose: sparse (N+1, N+1), zero diagonal."""
-    seqs = [seq[-max_len:] for seq in train_seqs]
-    items = torch.tensor([i for seq in seqs for i in seq], dtype=torch.long)
-    user = torch.arange(len(seqs)).repeat_interleave(torch.tensor([len(seq) for seq in seqs], dtype=torch.long))
-    pairs, values = [torch.zeros(2, 0, dtype=torch.long)], [torch.zeros(0)]
-    for distance in range(1, max(map(len, seqs), default=1)):
-        i, j = items[:-distance], items[distance:]
-        together = (user[:-distance] == user[distance:]) & (i != j)
-        pairs.append(torch.stack([i, j])[:, together])
-        values.append(torch.full((int(together.sum()),), 1 / distance if use_dis else 1.))   # eq. (1)
-    pairs, values = torch.cat(pairs, 1), torch.cat(values)
-    i, j = torch.cat([pairs, pairs.flip(0)], 1)
-    place, pair = torch.unique(i * (n_items + 1) + j, return_inverse=True)
-    O = torch.zeros(len(place)).index_add_(0, pair, torch.cat([values, values]))             # eq. (2): symmetric
-    index = torch.stack([place // (n_items + 1), place % (n_items + 1)])
-    total = torch.zeros(n_items + 1).index_add_(0, index[0], O)
-    with torch.sparse.check_sparse_tensor_invariants(enable=True):
-        return tuple(torch.sparse_coo_tensor(index, O / total[side], (n_items + 1, n_items + 1), is_coalesced=True)
-                     for side in index)
-
+# ---------------- graphs and clusters, eqs. (4), (5), (10)
 
 def nearest(features, count):
-    """The `count` items of greatest cosine, the item itself among them: (N+1, D) -> (N+1, count) ids. Eqs (4), (5)."""
+    """The `count` items of greatest cosine, the item itself first: (N+1, D) -> (N+1, count) ids.
+
+    S_ij = cos(Ebar_i, Ebar_j), eq. (4); A_ij = 1 for the top H of row i, eq. (5).
+    """
     N = len(features) - 1
+    count = min(count, N)
     unit = F.normalize(features, dim=-1)
-    empty = ~unit[1:].any(1)                                                       # no feature: nobody's neighbour
-    found = [torch.zeros(1, min(count, N), dtype=torch.long)]
+    empty = ~unit[1:].any(1)                                # (N,) no feature: nobody's neighbour
+    found = [torch.zeros(1, count, dtype=torch.long)]       # padding
     for rows in torch.arange(1, N + 1).split(max(1, 2 ** 24 // (N + 1))):
-        cosine = (unit[rows] @ unit[1:].T).masked_fill(empty, -torch.inf)          # eq. (4)
-        cosine[torch.arange(len(rows)), rows - 1] = 2                              # itself first, also among equals
-        best = cosine.topk(min(count, N))                                          # eq. (5)
-        itself = best.values.isinf() | empty[rows - 1, None]                       # alone: see the head
-        found.append(torch.where(itself, rows[:, None], best.indices + 1))
+        cosine = unit[rows] @ unit[1:].T                    # eq. (4): (rows, N)
+        cosine = cosine.masked_fill(empty, -torch.inf)
+        cosine[torch.arange(len(rows)), rows - 1] = 2       # itself first, whoever equals it
+        best = cosine.topk(count)                           # eq. (5)
+        alone = best.values.isinf() | empty[rows - 1, None]
+        found.append(torch.where(alone, rows[:, None], best.indices + 1))    # reading 16
     return torch.cat(found)
 
 
 def k_means(features, k, steps=50, seed=0):
-    """C of eq. (10): (N+1, D) -> (k, N+1), row c is 1 / size at the members of cluster c (D11).
+    """C of eq. (10): (N+1, D) -> (k, N+1); row c is 1 / size at the members of cluster c.
 
-    Items without a feature belong to no cluster; a cluster may be empty when there are fewer different items than k.
+    Items without a feature belong to no cluster; a cluster may be empty when there are fewer
+    different items than k.
     """
     random = torch.Generator().manual_seed(seed)
     member = features.any(1).nonzero()[:, 0]
     C = torch.zeros(k, len(features))
     if len(member) == 0:
         return C
-    x = features[member]
+    x = features[member]                                    # (n, D)
     centers = x[torch.randint(len(x), (1,), generator=random)]
-    while len(centers) < min(k, len(x)):                                           # k-means++: far points are likelier
+    while len(centers) < min(k, len(x)):                    # k-means++: far points are likelier
         far = torch.cdist(x, centers).amin(1).square()
-        centers = torch.cat([centers, x[torch.multinomial(far + 1e-12, 1, generator=random)]])
+        chosen = torch.multinomial(far + 1e-12, 1, generator=random)
+        centers = torch.cat([centers, x[chosen]])
     for _ in range(steps):
-        cluster = torch.cdist(x, centers).argmin(1)
-        one_hot = F.one_hot(cluster, len(centers)).to(x.dtype)
-        size = one_hot.sum(0)[:, None]
-        moved = torch.where(size > 0, one_hot.T @ x / size.clamp(min=1), centers)
+        cluster = torch.cdist(x, centers).argmin(1)         # (n,)
+        one_hot = F.one_hot(cluster, len(centers)).to(x.dtype)    # (n, k)
+        size = one_hot.sum(0)[:, None]                      # (k, 1)
+        means = one_hot.T @ x / size.clamp(min=1)
+        moved = torch.where(size > 0, means, centers)
         if torch.equal(moved, centers):
             break
         centers = moved
-    C[:len(centers), member] = one_hot.T / size.clamp(min=1)
+    C[:len(centers), member] = one_hot.T / size.clamp(min=1)    # reading 7
     return C
 
 
+# ---------------- the Transformer, eqs. (8), (9), (12) to (15)
+
 class Block(nn.Module):
-    """Trm: queries (B, Q, D) attend to keys (B, L, D), then feed-forward; residual sums, LayerNorm after them."""
+    """Trm: queries attend to keys, then feed-forward; residual sums, LayerNorm after them."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.heads, self.p = cfg.heads, cfg.dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))   # Q, K, V, U
-        self.inner, self.outer = nn.Linear(cfg.dim, cfg.inner), nn.Linear(cfg.inner, cfg.dim)
-        self.norm1, self.norm2 = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)
+        self.heads = cfg.heads
+        self.attention_dropout = cfg.dropout
+        self.query = nn.Linear(cfg.dim, cfg.dim)    # Q
+        self.key = nn.Linear(cfg.dim, cfg.dim)      # K
+        self.value = nn.Linear(cfg.dim, cfg.dim)    # V
+        self.out = nn.Linear(cfg.dim, cfg.dim)      # U
+        self.inner = nn.Linear(cfg.dim, cfg.inner)
+        self.outer = nn.Linear(cfg.inner, cfg.dim)
+        self.norm1 = nn.LayerNorm(cfg.dim)
+        self.norm2 = nn.LayerNorm(cfg.dim)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, keys, mask):                            # mask (B, 1, Q, L) True = may look
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, heads, ., D / heads)
-        head = F.scaled_dot_product_attention(split(self.query(x)), split(self.key(keys)), split(self.value(keys)),
-                                              mask, dropout_p=self.p if self.training else 0.)   # eqs. (12), (13)
-        x = self.norm1(x + self.dropout(self.out(head.transpose(1, 2).flatten(2))))              # eq. (14)
-        return self.norm2(x + self.dropout(self.outer(F.gelu(self.inner(x)))))                   # eq. (15)
+    def split(self, x):
+        """(B, L, D) -> (B, heads, L, D / heads)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def attend(self, x, keys, mask):
+        """head_h = softmax(x Q_h (keys K_h)^T / sqrt(D / heads)) keys V_h, eqs. (12), (13).
+
+        x (B, Q, D), keys (B, L, D), mask (B, 1, Q, L) True = may look -> (B, Q, D)
+        """
+        q = self.split(self.query(x))
+        k = self.split(self.key(keys))
+        v = self.split(self.value(keys))
+        p = self.attention_dropout if self.training else 0.0
+        head = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+        return self.out(head.transpose(1, 2).flatten(2))
+
+    def forward(self, x, keys, mask):
+        x = self.norm1(x + self.dropout(self.attend(x, keys, mask)))      # eq. (14)
+        feed_forward = self.outer(F.gelu(self.inner(x)))                  # reading 8
+        return self.norm2(x + self.dropout(feed_forward))                 # eq. (15)
+
+
+# ---------------- the model
 
 class MDSRec(nn.Module):
+    """Item tables from ids and graphs, three sequence encoders, three predictions."""
+
     def __init__(self, cfg, catalog):
         super().__init__()
-        if cfg.dim % cfg.heads:
-            raise ValueError(f"dim {cfg.dim} must be a multiple of heads {cfg.heads}")
-        if cfg.neighbors < 0 or cfg.centers < 1 or not 0 <= cfg.rho_image <= 1 or cfg.tau <= 0:
-            raise ValueError("neighbors must be at least 0, centers at least 1, rho_image from 0 to 1, tau above 0")
-        self.cfg, N = cfg, catalog["n_items"]
-        self.rho = {"image": cfg.rho_image, "text": 1 - cfg.rho_image}
-        self.item = nn.Embedding(N + 1, cfg.dim, padding_idx=0)                    # E^id
-        self.position = nn.Parameter(torch.empty(cfg.max_len, cfg.dim))            # P
-        self.norm, self.dropout = nn.LayerNorm(cfg.dim), nn.Dropout(cfg.dropout)
-        self.encoders = nn.ModuleDict({n: nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-                                       for n in ("id", *MODALITIES)})
-        buffer = lambda name, value: self.register_buffer(name, value, persistent=False)
+        check_catalog(catalog)
+        self.cfg = cfg
+        self.rho = {"text": 1 - cfg.rho_image, "image": cfg.rho_image}
+        N = catalog["n_items"]
+        self.item = nn.Embedding(N + 1, cfg.dim, padding_idx=0)           # E^id
+        self.position = nn.Parameter(torch.empty(cfg.max_len, cfg.dim))   # P
+        self.norm = nn.LayerNorm(cfg.dim)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.encoders = nn.ModuleDict()
+        for name in ("id", *MODALITIES):                                  # reading 6
+            self.encoders[name] = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.graphs = Buffers()      # A^m (N+1, H): ids of the neighbours
+        self.clusters = Buffers()    # C^m (k, N+1)
+        self.features = Buffers()    # E^m (N+1, D), where they are read in every step
+        self.maps = nn.ModuleDict()  # w/o MRGC
         O, O_T = co_occurrence(catalog["train_seqs"], N, cfg.max_len, cfg.use_dis)
-        buffer("O", O), buffer("O_T", O_T)
+        self.register_buffer("O", O, persistent=False)
+        self.register_buffer("O_T", O_T, persistent=False)
         for m in MODALITIES:
-            E = F.normalize(catalog[m].to(self.position.dtype), dim=-1)             # E^m, D5
+            E = F.normalize(catalog[m].to(self.position.dtype), dim=-1)   # E^m, reading 2
             if cfg.use_mrgc:
-                E_bar = E + cfg.mu_modal * torch.sparse.mm(O, E) if cfg.use_cre else E       # eq. (3)
-                buffer(f"A_{m}", nearest(E_bar, max(cfg.neighbors, 1)))            # eqs. (4), (5); D6
+                E_bar = E
+                if cfg.use_cre:                                           # reading 14
+                    E_bar = E + cfg.mu_modal * torch.sparse.mm(O, E)      # eq. (3)
+                self.graphs[m] = nearest(E_bar, max(cfg.neighbors, 1))    # eqs. (4), (5)
             else:
-                buffer(f"E_{m}", E)
-                self.add_module(f"map_{m}", nn.Linear(E.shape[1], cfg.dim))
+                self.features[m] = E
+                self.maps[m] = nn.Linear(E.shape[1], cfg.dim)             # reading 15
             if cfg.use_ica:
-                buffer(f"C_{m}", k_means(E, cfg.centers))                          # eq. (10)
+                self.clusters[m] = k_means(E, cfg.centers)                # eq. (10)
         for weight in self.parameters():
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
         with torch.no_grad():
-            self.item.weight[0] = 0
+            self.item.weight[0] = 0    # padding
 
     def encode_items(self):
-        """{"item": E^id, "id": Ebar^id, "image": Ehat^v, "text": Ehat^t}, each (N+1, D)."""
+        """{"item": E^id, "id": Ebar^id, "text": Ehat^t, "image": Ehat^v}, each (N+1, D).
+
+        Ebar^id = E^id + mu_id O E^id, eq. (3); Ehat^m = mean of E^id over A^m, eq. (6).
+        """
         E = self.item.weight
-        table = {"item": E, "id": E + self.cfg.mu_id * Mix.apply(self.O, self.O_T, E)}       # eq. (3)
+        table = {"item": E}
+        table["id"] = E + self.cfg.mu_id * Mix.apply(self.O, self.O_T, E)           # eq. (3)
         for m in MODALITIES:
             if self.cfg.use_mrgc:
-                table[m] = F.embedding_bag(getattr(self, f"A_{m}"), E, mode="mean")          # eq. (6)
+                table[m] = F.embedding_bag(self.graphs[m], E, mode="mean")          # eq. (6)
             else:
-                table[m] = getattr(self, f"map_{m}")(getattr(self, f"E_{m}"))
+                table[m] = self.maps[m](self.features[m])                           # reading 15
         return table
 
     def encode(self, name, seq, items, centers=None):
-        """One modality's sequence: last state (B, D), and the user's centres (B, k, D) where centres (k, D) are given."""
+        """One modality's Transformer over seq (B, L); items: its table (N+1, D).
+
+        centers: the interest centres (k, D) of eq. (11), or None. Returns e_t (B, D), the state
+        after the last item, and the user's own centres (B, k, D), eq. (16).
+        """
         B, L = seq.shape
-        x = self.dropout(self.norm(F.embedding(seq, items) + self.position[-L:]))   # eqs. (7), (9)
-        real = (seq != 0) | (torch.arange(L, device=seq.device) == L - 1)          # (B, L), never a row without any
+        x = F.embedding(seq, items) + self.position[-L:]                            # eq. (7)
+        x = self.dropout(self.norm(x))                                              # (B, L, D)
+        last = torch.arange(L, device=seq.device) == L - 1
+        real = (seq != 0) | last                                                    # (B, L)
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
         itself = torch.eye(L, dtype=torch.bool, device=seq.device)
-        mask = causal & real[:, None] | itself                                     # (B, L, L)
-        k = 0 if centers is None else len(centers)
-        c = x[:, :0] if centers is None else centers.expand(B, -1, -1)             # (B, k, D), layer 0: eq. (11)
-        for i, block in enumerate(self.encoders[name]):
-            last = i == len(self.encoders[name]) - 1                               # of the top layer only row t is read
-            q, own = (x[:, -1:], mask[:, -1:]) if last else (x, mask)
-            own = torch.cat([own, real[:, None].expand(-1, k, -1)], 1)             # centres see all of the input
-            both = block(torch.cat([q, c], 1), x, own[:, None])                    # eqs. (8), (9); (12)-(15)
-            x, c = both[:, :q.shape[1]], both[:, q.shape[1]:]
-        return x[:, -1], c                                                         # eq. (16)
+        mask = (causal & real[:, None] | itself)[:, None]                           # (B, 1, L, L)
+        if centers is not None:
+            centers = centers.expand(B, -1, -1)                                     # (B, k, D)
+        for number, block in enumerate(self.encoders[name], 1):
+            # of the top layer only the last place is read, so only that is computed
+            top = slice(-1, None) if number == self.cfg.layers else slice(None)
+            if centers is not None:
+                whole = real[:, None, None]                                         # reading 9
+                centers = block(centers, x, whole)                                  # eqs. (12)-(15)
+            x = block(x[:, top], x, mask[:, :, top])                                # eqs. (8), (9)
+        return x[:, -1], centers                                                    # eq. (16)
+
+    def interest(self, e, centers):
+        """etilde = e + sum_k Gamma_k c_k, Gamma = softmax((e . c + noise) / tau), eqs. (18), (19).
+
+        e (B, D), centers (B, k, D) -> (B, D)
+        """
+        logits = torch.einsum("bd,bkd->bk", e, centers).to(e.dtype)
+        if self.training:
+            gamma = F.gumbel_softmax(logits, self.cfg.tau)                          # reading 11
+        else:
+            gamma = (logits / self.cfg.tau).softmax(-1)
+        return e + torch.einsum("bk,bkd->bd", gamma, centers)
 
     def users(self, seq, table):
-        """e^s (B, D) and etilde^m (B, D) by modality."""
-        e_s, own = self.encode("id", seq, table["id"])[0], {}
+        """e^s (B, D), eq. (17), and {modality: etilde^m (B, D)}, eq. (18)."""
+        e_s, _ = self.encode("id", seq, table["id"])
+        own = {}
         for m in MODALITIES:
-            centers = getattr(self, f"C_{m}") @ table[m] if self.cfg.use_ica else None     # eq. (11): (k, D)
-            e, c = self.encode(m, seq, table[m], centers)
-            e_s = e_s + self.rho[m] * e                                            # eq. (17)
             if self.cfg.use_ica:
-                logits = torch.einsum("bd,bkd->bk", e, c).to(e.dtype)
-                gamma = (F.gumbel_softmax(logits, self.cfg.tau) if self.training else       # eq. (19)
-                         (logits / self.cfg.tau).softmax(-1))
-                e = e + torch.einsum("bk,bkd->bd", gamma, c)                       # eq. (18)
-            own[m] = e
+                centers = self.clusters[m] @ table[m]    # eq. (11): (k, D)
+                e, centers = self.encode(m, seq, table[m], centers)
+                own[m] = self.interest(e, centers)
+            else:
+                e, _ = self.encode(m, seq, table[m])
+                own[m] = e
+            e_s = e_s + self.rho[m] * e                                             # eq. (17)
         return e_s, own
 
     def forward(self, batch):
-        table, target = self.encode_items(), batch["target"][:, -1]
-        e_s, own = self.users(batch["seq"], table)
-        losses = {"next_item": SoftmaxLoss.apply(e_s, table["item"], target)}      # eqs. (20), (24)
-        return losses | {m: self.rho[m] * SoftmaxLoss.apply(own[m], table[m], target)   # eqs. (21), (24)
-                         for m in MODALITIES}                                      # eq. (23): the loop minimises the sum
+        """L = L_s + sum_m rho_m L_m, eqs. (23), (24), of a batch's "seq" and "target" (B, L)."""
+        seq = batch["seq"][:, -self.cfg.max_len:]
+        target = batch["target"][:, -1]                                             # reading 9
+        table = self.encode_items()
+        e_s, own = self.users(seq, table)
+        losses = {"next_item": softmax_loss(e_s, table["item"], target)}    # eqs. (20), (24)
+        for m in MODALITIES:
+            losses[m] = self.rho[m] * softmax_loss(own[m], table[m], target)    # eqs. (21), (24)
+        return losses
 
     def score(self, batch, table):
-        e_s, own = self.users(batch["seq"], table)
-        scores = e_s @ table["item"].T                                             # eq. (20): (B, N+1)
+        """y = e^s . E^id + sum_m rho_m etilde^m . Ehat^m, eqs. (20) to (22): scores (B, N+1)."""
+        seq = batch["seq"][:, -self.cfg.max_len:]
+        e_s, own = self.users(seq, table)
+        scores = e_s @ table["item"].T                                              # eq. (20)
         for m in MODALITIES:
-            scores = scores + self.rho[m] * (own[m] @ table[m].T)                  # eqs. (21), (22)
+            scores = scores + self.rho[m] * (own[m] @ table[m].T)    # eqs. (21), (22)
         return scores
 
 
 Model, Config = MDSRec, MDSRecConfig
 
 
-if __name__ == "__main__":
+# ---------------- helpers, not the paper's: the same text in every model file
+
+class SoftmaxLoss(torch.autograd.Function):
+    """Cross entropy of states (R, D) over items 1..N of a table (N+1, D), summed over the rows.
+
+    A row with target 0 counts nothing. Works through the rows in chunks and makes the gradient on
+    the way, so the (R, N+1) logits never exist as a whole.
+    """
+
+    @staticmethod
+    def forward(ctx, states, items, target):
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        loss = torch.zeros((), device=states.device, dtype=dtype)
+        d_states = torch.zeros_like(states)
+        d_items = torch.zeros_like(items)
+        chunk = max(64, 2 ** (26 if states.is_cuda else 21) // len(items))
+        for first in range(0, len(states), chunk):
+            rows = slice(first, first + chunk)
+            real = target[rows, None] != 0                          # (chunk, 1)
+            answer = target[rows, None].clamp(min=1)
+            logits = (states[rows] @ items.T).to(dtype)             # (chunk, N+1)
+            logits[:, 0] = -torch.inf                               # padding is no item
+            log_p = logits.log_softmax(1)
+            loss -= (log_p.gather(1, answer) * real).sum()
+            # d loss / d logits: p - 1 at the answer, p elsewhere
+            minus_one = -torch.ones_like(answer, dtype=dtype)
+            slope = log_p.exp_().scatter_add_(1, answer, minus_one)
+            slope = (slope * real).to(states.dtype)
+            d_states[rows] = slope @ items
+            d_items += slope.T @ states[rows]
+        ctx.save_for_backward(d_states, d_items)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        d_states, d_items = ctx.saved_tensors
+        return d_states * slope, d_items * slope, None
+
+
+def softmax_loss(states, items, target):
+    """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
+    if not target.is_cuda:    # a GPU would have to wait while they are counted
+        states, target = states[target != 0], target[target != 0]
+    return SoftmaxLoss.apply(states, items, target) / (target != 0).sum().clamp(min=1)
+
+
+def check(condition, message):
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_recipe(cfg):
+    """Raises ValueError for a setting that makes no sense, of those that model files share."""
+    for name in ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience"):
+        value = getattr(cfg, name)
+        check(value >= 1, f"{name} {value} is too small: it must be at least 1")
+    check(cfg.dim % cfg.heads == 0, f"dim {cfg.dim} must be a multiple of heads {cfg.heads}")
+    check(0 <= cfg.dropout < 1, f"dropout {cfg.dropout} must be from 0 to below 1")
+    check(0 < cfg.lr < math.inf, f"lr {cfg.lr} must be above 0")
+    check(0 <= cfg.weight_decay < math.inf, f"weight_decay {cfg.weight_decay} must not be negative")
+
+
+def check_catalog(catalog):
+    """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
+    missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
+    check(not missing, f"the catalog lacks {', '.join(missing)}")
+    for key, form in CATALOG.items():
+        value = catalog[key]
+        rows = catalog["n_items"] + 1 if "N+1" in form else None
+        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+
+
+class Buffers(nn.Module):
+    """Named tensors that are no weights: a dict that moves with the model."""
+
+    def __setitem__(self, name, value):
+        self.register_buffer(name, value, persistent=False)
+
+    def __getitem__(self, name):
+        return getattr(self, name)
+
+
+if __name__ == "__main__":    # a check that this file works where it was copied to
     torch.manual_seed(0)
-    start, N, B, L = time.time(), 100, 8, 10
+    start = time.time()
+    N, B, L = 100, 8, 10
     seqs = [torch.randint(1, N + 1, (12,)).tolist() for _ in range(50)]
-    catalog = {"n_items": N, "train_seqs": seqs, "text": torch.randn(N + 1, 24), "image": torch.randn(N + 1, 32)}
-    model = MDSRec(MDSRecConfig(dim=32), catalog)
+    features = {"text": torch.randn(N + 1, 24), "image": torch.randn(N + 1, 32)}
+    model = MDSRec(MDSRecConfig(dim=32), {"n_items": N, "train_seqs": seqs, **features})
     rows = torch.tensor(seqs[:B])
     batch = {"user": torch.arange(B), "seq": rows[:, :L], "target": rows[:, 1:L + 1]}
     losses = model(batch)
     sum(losses.values()).backward()
     scores = model.eval().score(batch, model.encode_items())
-    print({k: round(v.item(), 4) for k, v in losses.items()}, "scores", tuple(scores.shape), f"{time.time() - start:.2f} s")
     assert scores.shape == (B, N + 1) and scores.isfinite().all()
+    shown = {name: round(loss.item(), 4) for name, loss in losses.items()}
+    print(shown, "scores", tuple(scores.shape), f"{time.time() - start:.2f} s")

@@ -1,41 +1,44 @@
-"""MMSR: An Empirical Study of Training ID-Agnostic Multi-modal Sequential Recommenders. Youhua Li, Hanwen Du, Yongxin Ni,
-Yuanqi He, Junchen Fu, Xiangyan Liu, Qi Guo. 2024. arXiv:2403.17372.
+"""MMSR: An Empirical Study of Training ID-Agnostic Multi-modal Sequential Recommenders. Youhua Li,
+Hanwen Du, Yongxin Ni, Yuanqi He, Junchen Fu, Xiangyan Liu, Qi Guo. 2024. arXiv:2403.17372.
 
-An item is its raw title and picture, nothing else: a pre-trained text and a vision encoder whose top blocks are trained with
-the recommender, a fusion of their tokens into one vector, and a user encoder that reads such vectors. No weight belongs to
-an item, so what was trained on one shop starts on another (--init).
+An item is its raw title and picture, nothing else: a pre-trained text and a vision encoder whose top
+blocks are trained with the recommender, a fusion of their tokens into one vector, and a user encoder
+that reads such vectors. No weight belongs to an item, so what was trained on one shop starts on
+another (--init).
 
-    title ---> text encoder:   frozen bottom -|-> top blocks -> tokens (U, T, D) --+
-                                            cache                                  +-> fusion -> items (U, D)
-    picture -> vision encoder: frozen bottom -|-> top blocks -> tokens (U, V, D) --+
-    items (B, L, D) -> SASRec | GRU | NextItNet -> states (B, L, D);   score = state . item
+  title ---> text encoder:   frozen bottom -|-> top blocks -> tokens (U, T, D) --+
+                                          cache                                  +-> fusion -> (U, D)
+  picture -> vision encoder: frozen bottom -|-> top blocks -> tokens (U, V, D) --+
+  items (B, L, D) -> SASRec | GRU | NextItNet -> states (B, L, D);   score = state . item
 
-What stands left of the bar never changes: it is computed once for each text and picture and kept in cache_dir, as a memory
-map, under a fingerprint of frozen weights and inputs. A step runs the top blocks on the U distinct items of its batch. U
-decides the shapes, so a GPU is waited for a few times a step. Readings, of what the paper leaves open and its code does:
-   1. trained are the last two blocks of each encoder and the norm after them, by name. The code compares tensor indices the
-      wrong way round and freezes just those. Embeddings stay frozen, poolers are not used.
-   2. at most 50 tokens of one string an item: its title and what else the data set says (appendix F.3).
-   3. pictures are squeezed to the encoder's square and normalised by its own statistics (the code: .5). An item without
-      a readable picture has a grey one, the same for all, in place of a [missing] token. Of an animation, the first frame.
-   4. MAE sees all patches. Hugging Face's drops 75 % at random in every pass, which would make metrics random.
-   5. MMSR-T, MMSR-V and the coarse fusions take the masked mean of the projected tokens; "+" is 3 x (dropout, linear, ReLU).
-   6. merge-attention is BERT's layer (post-norm), and adds the modality embeddings that the code makes and forgets;
-      co-attention is LXMERT's: one cross-attention for both directions, then own self-attention and feed-forward.
-   7. padding is zero where a user encoder or a convolution reads it (in the code it is an encoded blank item).
-   8. layers: SASRec 2, GRU 4, NextItNet 2 (appendix B). Positions are counted from the end. SASRec's attention has biases,
-      texts keep their case.
-   9. eq. (6): one negative, uniform over the items that the user's training sequence lacks. `--loss in_batch`: softmax over
-      the targets of the batch minus log popularity, without the user's own items, as in the authors' MoRec.
-  10. the learning rate drops to a tenth at 80 % of the epochs: the code's step, where the paper says "linearly".
-  11. BatchNorm (ResNet) keeps its pre-trained statistics, as usual in fine-tuning.
-Vision-language models: CLIP (as --text_encoder and --image_encoder, `--fusion concat`) and FLAVA with its own fusion, all of
-which is trained (`--fusion flava`, appendix E). Left out: GroupViT, which groups tokens between blocks; ViLT and VisualBERT,
-whose one stream has no boundary where a text or a picture alone could be cached.
+What stands left of the bar never changes: it is computed once for each text and picture and kept in
+cache_dir. A step runs the top blocks on the U distinct items of its batch.
 
-Reads from the catalog: n_items, titles, image_paths, train_seqs.
+Readings, of what the paper leaves open and its code does:
+ 1. trained are the last two blocks of each encoder and the norm after them, by name. The code
+    compares tensor indices the wrong way round and freezes just those. Embeddings stay frozen.
+ 2. at most 50 tokens of one string an item: its title and what else the data set says (F.3).
+ 3. pictures are squeezed to the encoder's square and normalised by its statistics (the code: .5).
+    An item without a readable picture has a grey one. Of an animation, the first frame.
+ 4. MAE sees all patches; Hugging Face's drops 75 % at random in every pass.
+ 5. MMSR-T, MMSR-V and the coarse fusions take the masked mean of the projected tokens; "+" is
+    3 x (dropout, linear, ReLU).
+ 6. merge-attention is BERT's layer (post-norm), and adds the modality embeddings that the code makes
+    and forgets; co-attention is LXMERT's: one cross-attention for both directions, then own blocks.
+ 7. padding is zero where a user encoder reads it (in the code it is an encoded blank item).
+ 8. layers: SASRec 2, GRU 4, NextItNet 2 (appendix B). Positions are counted from the end.
+ 9. eq. (6): one negative, uniform over the items that the user's training sequence lacks.
+    `--loss in_batch`: softmax over the targets of the batch minus log popularity, as in MoRec.
+10. the learning rate drops to a tenth at 80 % of the epochs: the code's step; the paper: "linearly".
+11. BatchNorm (ResNet) keeps its pre-trained statistics, as usual in fine-tuning.
+Vision-language models: CLIP (as both encoders, `--fusion concat`) and FLAVA with its own fusion
+(`--fusion flava`, appendix E). Left out: GroupViT, which groups tokens between blocks; ViLT and
+VisualBERT, whose one stream has no boundary where a text or a picture alone could be cached.
+
+Reads from the catalog: n_items, titles, image_paths, train_seqs (their forms: CATALOG below).
 """
 import hashlib
+import math
 import os
 import re
 import time
@@ -51,31 +54,39 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+CATALOG = {
+    "n_items": "int N; item ids are 1..N, 0 is padding",
+    "titles": "list of N+1 strings, the first for padding",
+    "image_paths": "list of N+1 paths of pictures or None, the first for padding",
+    "train_seqs": "one list of item ids per user, training part only",
+}
 READS = ("titles", "image_paths", "train_seqs")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")    # of pictures that are opened
 
 
 @dataclass
 class MMSRConfig:
-    text_encoder: str = "FacebookAI/roberta-base"    # Hugging Face name or folder, or tiny, tiny-bert, -electra, -clip...
-    image_encoder: str = "microsoft/swin-base-patch4-window7-224"    # the same; tiny, tiny-swin, -resnet, -clip, -flava
+    text_encoder: str = "FacebookAI/roberta-base"    # Hugging Face name or folder, or tiny, tiny-bert, ...
+    image_encoder: str = "microsoft/swin-base-patch4-window7-224"    # the same; tiny, tiny-swin, ...
     modality: Literal["both", "text", "image"] = "both"              # text, image: MMSR-T, MMSR-V
-    item_encoder: Literal["content", "id"] = "content"               # id: IDSR, the paper's baseline
-    fusion: Literal["merge", "co", "sum", "concat", "gate", "film", "sum+", "concat+", "gate+", "film+", "flava"] = "merge"
+    item_encoder: Literal["content", "id"] = "content"    # id: IDSR, the paper's baseline
+    fusion: Literal[
+        "merge", "co", "sum", "concat", "gate", "film", "sum+", "concat+", "gate+", "film+", "flava"
+    ] = "merge"
     merge_layers: int = 1                # blocks of merge-attention: 1, 2, 4 in Table 3
     user_encoder: Literal["sasrec", "gru", "nextitnet"] = "sasrec"   # section 3.5
     tune_blocks: int = 2                 # top blocks of each encoder that are trained; 0: none
-    loss: Literal["bce", "in_batch"] = "bce"         # eq. (6), or softmax over the targets of the batch
-    cache: Literal["fp16", "fp32", "off"] = "fp16"   # hidden states at the frozen boundary; off: whole encoders every step
-    cache_dir: str = "data/cache"        # where they are kept
+    loss: Literal["bce", "in_batch"] = "bce"         # eq. (6), or softmax over the batch's targets
+    cache: Literal["fp16", "fp32", "off"] = "fp16"   # of the frozen part; off: run it in every step
+    cache_dir: str = "data/cache"        # where it is kept
     max_tokens: int = 50                 # of a text, appendix F.3
     dim: int = 768                       # section 4.2
     heads: int = 2                       # of SASRec, appendix B
-    layers: int = 0                      # of the user encoder; 0: 2 for SASRec, 4 for GRU, 2 for NextItNet, appendix B
+    layers: int = 0    # of the user encoder; 0: 2 for SASRec, 4 for GRU, 2 for NextItNet
     dropout: float = 0.1                 # section 4.2: from .1, .3, .5
     max_len: int = 20                    # appendix C
-    optimizer: str = "adamw"             # section 4.2
-    schedule: Literal["constant", "step", "linear", "cosine"] = "step"    # to a tenth at 80 % of the epochs, section 4.2
+    optimizer: Literal["adam", "adamw"] = "adamw"    # section 4.2
+    schedule: Literal["constant", "step", "linear", "cosine"] = "step"    # reading 10
     lr: float = 1e-4                     # section 4.2
     encoder_lr: float = 5e-5             # of the top blocks, Table 12
     weight_decay: float = 0.1            # section 4.2
@@ -85,133 +96,165 @@ class MMSRConfig:
     patience: int = 10                   # ours
     prefixes: bool = False               # dense next-item prediction, appendix B
 
+    def __post_init__(self):
+        for name in ("merge_layers", "dim", "heads", "max_len", "batch_size", "epochs", "patience"):
+            value = getattr(self, name)
+            check(value >= 1, f"{name} {value} is too small: it must be at least 1")
+        for name in ("layers", "tune_blocks", "weight_decay", "encoder_weight_decay"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"{name} {value} must not be negative")
+        check(0 <= self.dropout < 1, f"dropout {self.dropout} must be from 0 to below 1")
+        check(0 < self.lr < math.inf, f"lr {self.lr} must be above 0")
+        check(0 < self.encoder_lr < math.inf, f"encoder_lr {self.encoder_lr} must be above 0")
+        if self.user_encoder == "sasrec":
+            check(self.dim % self.heads == 0,
+                  f"dim {self.dim} must be a multiple of heads {self.heads}")
 
-SMALL = dict(text_encoder="tiny", image_encoder="tiny", loss="in_batch", dim=64, lr=1e-3, encoder_lr=1e-3, batch_size=32,
-             epochs=13)
+
+SMALL = dict(
+    text_encoder="tiny", image_encoder="tiny", loss="in_batch", dim=64, lr=1e-3, encoder_lr=1e-3,
+    batch_size=32, epochs=13,
+)
 PRESETS = {"demo": SMALL, "demo-b": SMALL}
 
-TOWERS = {                               # model type -> where its blocks are, and the norm after them
-    "bert": ("encoder.layer", ""), "roberta": ("encoder.layer", ""), "electra": ("encoder.layer", ""),
-    "clip_text_model": ("encoder.layers", "final_layer_norm"), "flava_text_model": ("encoder.layer", "layernorm"),
-    "swin": ("encoder.layers.{last}.blocks", "layernorm"), "resnet": ("encoder.stages.{last}.layers", ""),
-    "vit_mae": ("layers", "layernorm"), "clip_vision_model": ("encoder.layers", ""),
-    "flava_image_model": ("encoder.layer", "layernorm")}
-VIT = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=64, patch_size=16)
+
+# ---------------- encoders and their blocks (section 3.2)
+
+TOWERS = {    # model type -> where its blocks are, and the norm after them
+    "bert": ("encoder.layer", ""),
+    "roberta": ("encoder.layer", ""),
+    "electra": ("encoder.layer", ""),
+    "clip_text_model": ("encoder.layers", "final_layer_norm"),
+    "flava_text_model": ("encoder.layer", "layernorm"),
+    "swin": ("encoder.layers.{last}.blocks", "layernorm"),
+    "resnet": ("encoder.stages.{last}.layers", ""),
+    "vit_mae": ("layers", "layernorm"),
+    "clip_vision_model": ("encoder.layers", ""),
+    "flava_image_model": ("encoder.layer", "layernorm"),
+}
+VIT = dict(
+    hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=64,
+    patch_size=16,
+)
 BERT = dict(VIT, vocab_size=4096, max_position_embeddings=514)
-TINY = {                                 # model type -> settings of its tiny version
-    "bert": BERT, "roberta": BERT, "electra": dict(BERT, embedding_size=32), "vit_mae": VIT,
-    "swin": dict(image_size=64, embed_dim=16, depths=[1, 1, 2], num_heads=[1, 2, 4], window_size=4),
+TINY = {    # model type -> settings of its tiny version
+    "bert": BERT,
+    "roberta": BERT,
+    "electra": dict(BERT, embedding_size=32),
+    "vit_mae": VIT,
+    "swin": dict(
+        image_size=64, embed_dim=16, depths=[1, 1, 2], num_heads=[1, 2, 4], window_size=4
+    ),
     "resnet": dict(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 3]),
     "clip": dict(text_config=dict(BERT, eos_token_id=2), vision_config=VIT),
-    "flava": dict(text_config=BERT, image_config=VIT, multimodal_config=dict(VIT, num_hidden_layers=2))}
+    "flava": dict(
+        text_config=BERT, image_config=VIT, multimodal_config=dict(VIT, num_hidden_layers=2)
+    ),
+}
 
 
 def load_encoder(name, modality):
-    """Name, folder or tiny -> (Hugging Face model, tokenizer or (mean, std) of pixels). Raises ValueError."""
+    """Name, folder or tiny -> (Hugging Face model, tokenizer or (mean, std) of pixels).
+
+    Raises ValueError.
+    """
     import transformers
-    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         if name.partition("-")[0] == "tiny":
-            kind = name.partition("-")[2] or {"text": "roberta", "image": "vit_mae"}[modality]
-            with torch.random.fork_rng(devices=[]):      # the same weights whatever the run's seed, like a checkpoint's
-                torch.manual_seed(0)
-                model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **TINY[kind]))
-            return model, tiny_tokens if modality == "text" else ([.5] * 3, [.5] * 3)
-        model, info = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                             output_loading_info=True, trust_remote_code=False)
-        if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
-            raise ValueError(f"it lacks weights: {', '.join(missing[:3])}, ...")
+            return tiny_encoder(transformers, name.partition("-")[2], modality)
+        model, info = transformers.AutoModel.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=False,
+        )
+        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+        check(not missing, f"it lacks weights: {', '.join(missing[:3])}, ...")
         if modality == "text":
-            return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return model, tokenizer
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            name, backend="pil", trust_remote_code=False
+        )
         return model, (processor.image_mean, processor.image_std)
-    except Exception as e:               # no such folder, no network, a foreign format: each has its own type
-        reason = str(e).strip().splitlines()[0]
-        raise ValueError(f"{modality}_encoder {name} cannot be loaded ({reason}): give the name or folder of a Hugging Face "
-                         f"model, tiny, or tiny- and one of {', '.join(TINY)}") from None
+    except Exception as error:    # no such folder, no network, a foreign format: each has its own type
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{modality}_encoder {name} cannot be loaded ({reason}): give the name or folder of a "
+            f"Hugging Face model, tiny, or tiny- and one of {', '.join(TINY)}"
+        ) from None
+
+
+def tiny_encoder(transformers, kind, modality):
+    """A small encoder with random weights, the same whatever the run's seed, like a checkpoint's."""
+    kind = kind or {"text": "roberta", "image": "vit_mae"}[modality]
+    config = transformers.AutoConfig.for_model(kind, **TINY[kind])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config)
+    return model, tiny_tokens if modality == "text" else ([.5] * 3, [.5] * 3)
 
 
 def tiny_tokens(texts, max_length, **_):
     """Words as hashes, between RoBERTa's <s> and </s>: the tokenizer of the tiny encoders."""
-    words = lambda text: [3 + zlib.crc32(word.encode()) % 4093 for word in re.findall(r"\w+", text.lower())]
-    return {"input_ids": [[0, *words(text)[:max_length - 2], 2] for text in texts]}
+    rows = []
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        numbers = [3 + zlib.crc32(word.encode()) % 4093 for word in words]
+        rows.append([0, *numbers[:max_length - 2], 2])
+    return {"input_ids": rows}
 
 
 class Boundary(nn.Module):
-    """Stands where the first trained block stood: ends the encoder's own forward pass with what arrived here."""
-    Reached = type("Reached", (Exception,), {})
+    """Stands where the first trained block stood: stops the encoder and returns its hidden states."""
+
+    class Reached(Exception):
+        pass
 
     def forward(self, hidden, *_, **__):
         raise self.Reached(hidden)
 
 
-class Tower(nn.Module):
-    """An encoder: frozen and cached below the boundary, trained above; its weights are those of the trained blocks alone.
+# ---------------- below the boundary: what is frozen
 
-    wanted: the text, or the path of a picture or None, of each item; row 0 is padding. Raises ValueError.
+class Frozen:
+    """An encoder up to the boundary: texts or pictures -> hidden states.
+
+    model: the encoder, with a Boundary in it. inputs: the token ids of each text, or the path of
+    each picture, None for a grey one. size, mean, std: of the pictures that it reads.
     """
 
-    def __init__(self, model, other, modality, wanted, cfg):
-        super().__init__()
-        config, self.modality, self.cfg, self.kind = model.config, modality, cfg, model.config.model_type
-        if self.kind not in TOWERS or model.main_input_name != {"text": "input_ids", "image": "pixel_values"}[modality]:
-            raise ValueError(f"{modality}_encoder of the type {self.kind} is not supported, only {', '.join(TOWERS)}")
-        where, norm = TOWERS[self.kind]
-        blocks = model.get_submodule(where.format(last=len(getattr(config, "depths", ())) - 1))
-        first = len(blocks) - cfg.tune_blocks
-        least = int(self.kind == "resnet")       # the first block of its last stage reads a map of another shape
-        if not least <= first <= len(blocks):
-            raise ValueError(f"tune_blocks {cfg.tune_blocks} of {modality}_encoder must be from 0 to {len(blocks) - least}")
-        self.blocks = nn.ModuleList(list(blocks)[first:])
-        own = cfg.fusion == "flava" and cfg.modality == "both"   # its fusion reads the tokens before their norm
-        self.norm = model.get_submodule(norm) if norm and self.blocks and not own else nn.Identity()
-        if norm and (self.blocks or own):        # trained, or not wanted: no part of the frozen bottom
-            model.set_submodule(norm, nn.Identity())
-        if self.blocks:
-            blocks[first] = Boundary()
-            del blocks[first + 1:]
-        for module in self.modules():    # indices of positions, statistics of BatchNorm: not learned
-            module._non_persistent_buffers_set.update(module._buffers)
-        if self.kind == "vit_mae":
-            model.embeddings.random_masking = lambda x, noise=None: (x, None, None)              # reading 4
-        self.bottom = [model.eval()]                                               # in a list: no part of the weights
-        self.width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
-        row = {x: i for i, x in enumerate(dict.fromkeys(["" if modality == "text" else None, *wanted[1:]]))}
-        self.register_buffer("row_of", torch.tensor([0, *map(row.get, wanted[1:])]), persistent=False)
-        self.inputs, self.hidden, self.start, self.unreadable = list(row), None, None, 0
-        if modality == "text":
-            room = config.max_position_embeddings - (config.pad_token_id + 1 if self.kind == "roberta" else 0)
-            if not 3 <= cfg.max_tokens <= room:
-                raise ValueError(f"max_tokens {cfg.max_tokens} of {cfg.text_encoder} must be from 3 to {room}")
-            self.inputs = other(self.inputs, max_length=cfg.max_tokens, truncation=True)["input_ids"]
-        else:
-            size = getattr(config, "image_size", 64 if cfg.image_encoder.partition("-")[0] == "tiny" else 224)
-            self.size, (self.mean, self.std) = np.ravel(size)[0].item(), torch.tensor(other)[..., None, None]
-        self.train()
-
-    def train(self, mode=True):
-        return super().train(mode and self.kind != "resnet")                       # reading 11
+    def __init__(self, model, modality, inputs):
+        self.model = model.eval()
+        self.modality = modality
+        self.inputs = inputs
+        self.size = self.mean = self.std = None
+        self.unreadable = 0
 
     def read(self, x):
         """Token ids -> (T,), or a path -> (3, S, S), grey for None and for what is no picture."""
         if self.modality == "text":
             return torch.tensor(x)
         try:
-            with Image.open(x, formats=FORMATS) if x else Image.new("RGB", (1, 1), (128, 128, 128)) as picture:
-                if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:        # Pillow itself only warns
+            grey = Image.new("RGB", (1, 1), (128, 128, 128))
+            with Image.open(x, formats=FORMATS) if x else grey as picture:
+                if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:    # Pillow only warns
                     raise ValueError
                 picture = picture.convert("RGB").resize((self.size, self.size), Image.BICUBIC)
-            return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - self.mean) / self.std
-        except Exception:                # a damaged file makes Pillow raise almost anything
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+            return (pixels - self.mean) / self.std                             # reading 3
+        except Exception:    # a damaged file makes Pillow raise almost anything
             self.unreadable += 1
             return self.read(None)
 
     @torch.no_grad()
-    def below(self, inputs, device):
+    def hidden(self, inputs, device):
         """What `read` made of n inputs -> hidden states at the boundary (n, T, width), mask (n, T)."""
-        model, mask = self.bottom[0].to(device), None
+        model = self.model.to(device)
+        mask = None
         if self.modality == "text":
-            ids = nn.utils.rnn.pad_sequence(inputs, True, model.config.pad_token_id or 0).to(device)
+            padding = model.config.pad_token_id or 0
+            ids = nn.utils.rnn.pad_sequence(inputs, True, padding).to(device)
             lengths = torch.tensor([len(x) for x in inputs], device=device)
             mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
             given = {"input_ids": ids, "attention_mask": mask.long()}
@@ -219,311 +262,660 @@ class Tower(nn.Module):
             given = {"pixel_values": torch.stack(inputs).to(device)}
         with torch.autocast(device.type, enabled=False):
             try:
-                hidden = model(**given).last_hidden_state
+                hidden = model(**given).last_hidden_state    # where no block is trained
             except Boundary.Reached as reached:
                 hidden = reached.args[0]
-        hidden = hidden.flatten(2).mT if hidden.dim() == 4 else hidden             # ResNet's map -> (n, V, width)
-        return hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
+        if hidden.dim() == 4:                                # ResNet's map -> (n, V, width)
+            hidden = hidden.flatten(2).mT
+        if mask is None:
+            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        return hidden, mask
 
-    def prepare(self, device):
-        """Open the cache, or fill it; then forget the frozen bottom. Does nothing the second time."""
-        if self.hidden is not None:
-            return
-        if self.cfg.cache == "off":
-            self.hidden = self.inputs
-            return
-        n, dtype = len(self.inputs), {"fp16": np.float16, "fp32": np.float32}[self.cfg.cache]
-        path = Path(self.cfg.cache_dir) / f"{self.modality}-{self.fingerprint()}.{self.cfg.cache}"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial, begin = Path(f"{path}.{os.getpid()}"), time.time()
-            try:
-                self.fill(partial, dtype, device)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-            size = path.stat().st_size
-            print(f"{n} {self.modality}s to the boundary, {self.unreadable} unreadable, {time.time() - begin:.0f} s: "
-                  f"{size / 2**20:.1f} MiB, {size / 1024 / n:.1f} KiB each, in {path}", flush=True)
-        self.hidden = torch.from_numpy(np.memmap(path, dtype, "c").reshape(-1, self.width))
-        lengths = [len(x) for x in self.inputs] if self.modality == "text" else [len(self.hidden) // n] * n
-        self.start, self.bottom = torch.tensor([0, *lengths], device=device).cumsum(0), None
-        if device.type == "cuda" and self.hidden.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            self.hidden = self.hidden.to(device)
+    def boundary(self, rows):
+        """Rows of the inputs (R,) -> hidden states (R, T, width), mask (R, T)."""
+        return self.hidden([self.read(self.inputs[row]) for row in rows.tolist()], rows.device)
 
-    def fill(self, path, dtype, device):
-        """Hidden states of every input's tokens, one after the other: (tokens, width) as dtype."""
-        step = 256 if device.type == "cuda" else 32
-        with open(path, "wb") as f, ThreadPoolExecutor() as pool, np.errstate(over="ignore"):
-            for first in range(0, len(self.inputs), step):
-                hidden, mask = self.below(list(pool.map(self.read, self.inputs[first:first + step])), device)
-                rows = hidden[mask].cpu().numpy().astype(dtype)
-                if not np.isfinite(rows).all():
-                    raise ValueError(f"{self.modality}_encoder has hidden states beyond fp16: give cache fp32")
-                f.write(rows.tobytes())
-            f.flush(), os.fsync(f.fileno())
-
-    def fingerprint(self):
-        """Of what decides the cache: the frozen model, and the tokens, or each picture's path, size and time."""
+    def fingerprint(self, tune_blocks):
+        """Of what decides the hidden states: the frozen model, and the tokens, or each picture's
+        path, size and time."""
         pixels = () if self.modality == "text" else (self.size, self.mean, self.std)
-        digest = hashlib.blake2b(f"{self.bottom[0].config} {self.cfg.tune_blocks} {pixels}".encode(), digest_size=12)
-        for key, weight in self.bottom[0].state_dict().items():
-            if "pooler" not in key:              # not used, and random where a checkpoint lacks it
+        about = f"{self.model.config} {tune_blocks} {pixels}"
+        digest = hashlib.blake2b(about.encode(), digest_size=12)
+        for key, weight in self.model.state_dict().items():
+            if "pooler" not in key:    # not used, and random where a checkpoint lacks it
                 digest.update(weight.cpu().contiguous().numpy().tobytes())
         for x in self.inputs:
-            about = os.stat(x)[6:9:2] if isinstance(x, str) and os.path.exists(x) else ()      # size, time
+            about = ()
+            if isinstance(x, str) and os.path.exists(x):
+                stat = os.stat(x)
+                about = (stat.st_size, int(stat.st_mtime))
             digest.update(f"{x} {about}".encode())
         return digest.hexdigest()
 
-    def boundary(self, rows):                                    # rows of the inputs (R,) -> (R, T, width), mask (R, T)
-        if self.start is None:           # no cache
-            return self.below([self.read(self.hidden[row]) for row in rows.tolist()], rows.device)
+
+class Cached:
+    """The hidden states of all inputs at the boundary, computed once and kept on disk.
+
+    One file of (tokens, width), the inputs one after the other, opened as a memory map, and copied
+    to the GPU where there is room.
+    """
+
+    def __init__(self, frozen, width, cfg, device):
+        dtype = np.float16 if cfg.cache == "fp16" else np.float32
+        name = f"{frozen.modality}-{frozen.fingerprint(cfg.tune_blocks)}.{cfg.cache}"
+        path = Path(cfg.cache_dir) / name
+        n = len(frozen.inputs)
+        if not path.is_file():
+            self.make(path, frozen, dtype, device)
+        self.hidden = torch.from_numpy(np.memmap(path, dtype, "c").reshape(-1, width))
+        if frozen.modality == "text":
+            lengths = [len(x) for x in frozen.inputs]
+        else:
+            lengths = [len(self.hidden) // n] * n
+        self.start = torch.tensor([0, *lengths], device=device).cumsum(0)    # of each input's tokens
+        if device.type == "cuda" and self.hidden.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.hidden = self.hidden.to(device)
+
+    def make(self, path, frozen, dtype, device):
+        """Fill the file under another name, then rename it: it is there whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(f"{path}.{os.getpid()}")
+        begin = time.time()
+        try:
+            self.fill(partial, frozen, dtype, device)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        n, size = len(frozen.inputs), path.stat().st_size
+        print(f"{n} {frozen.modality}s to the boundary, {frozen.unreadable} unreadable, "
+              f"{time.time() - begin:.0f} s: {size / 2**20:.1f} MiB, {size / 1024 / n:.1f} KiB each, "
+              f"in {path}", flush=True)
+
+    def fill(self, path, frozen, dtype, device):
+        step = 256 if device.type == "cuda" else 32
+        with open(path, "wb") as file, ThreadPoolExecutor() as pool, np.errstate(over="ignore"):
+            for first in range(0, len(frozen.inputs), step):
+                inputs = list(pool.map(frozen.read, frozen.inputs[first:first + step]))
+                hidden, mask = frozen.hidden(inputs, device)
+                rows = hidden[mask].cpu().numpy().astype(dtype)
+                check(np.isfinite(rows).all(), f"{frozen.modality}_encoder has hidden states beyond "
+                                               f"fp16: give cache fp32")
+                file.write(rows.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def boundary(self, rows):
+        """Rows of the inputs (R,) -> hidden states (R, T, width), mask (R, T)."""
         length = self.start[rows + 1] - self.start[rows]
         place = torch.arange(int(length.max()), device=rows.device)
         mask = place < length[:, None]
         place = torch.where(mask, self.start[rows, None] + place, 0)
-        return self.hidden[place.to(self.hidden.device)].to(rows.device).float(), mask
+        hidden = self.hidden[place.to(self.hidden.device)]
+        return hidden.to(rows.device).float(), mask
 
-    def forward(self, items):                                    # (U,) -> tokens (U, T, width), mask (U, T)
-        rows, back = self.row_of[items].unique(return_inverse=True)
-        x, mask = self.boundary(rows)
-        side = (int(x.shape[1] ** .5),) * 2
-        if self.modality == "text":
-            look = mask[:, None, None].expand(-1, 1, x.shape[1], -1)               # (R, 1, T, T) True = may look
-            look = look.tril() if self.kind == "clip_text_model" else look
-            also = (torch.zeros_like(look, dtype=x.dtype).masked_fill(~look, torch.finfo(x.dtype).min),)
+
+# ---------------- above the boundary: what is trained (section 3.2)
+
+class Tower(nn.Module):
+    """The trained top of an encoder, on the hidden states of its frozen bottom.
+
+    model, other: of load_encoder. wanted: the text, or the path of a picture or None, of each item;
+    row 0 is padding. Raises ValueError.
+    """
+
+    def __init__(self, model, other, modality, wanted, cfg):
+        super().__init__()
+        config = model.config
+        self.cfg = cfg
+        self.modality = modality
+        self.kind = config.model_type
+        reads = {"text": "input_ids", "image": "pixel_values"}[modality]
+        check(self.kind in TOWERS and model.main_input_name == reads,
+              f"{modality}_encoder of the type {self.kind} is not supported, only "
+              f"{', '.join(TOWERS)}")
+        self.cut(model)
+        self.width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+        nothing = "" if modality == "text" else None
+        row = {x: i for i, x in enumerate(dict.fromkeys([nothing, *wanted[1:]]))}
+        row_of = torch.tensor([0, *(row[x] for x in wanted[1:])])
+        self.register_buffer("row_of", row_of, persistent=False)    # (N+1,) of the distinct inputs
+        self.frozen = Frozen(model, modality, list(row))    # no module: no part of the weights
+        if modality == "text":
+            self.tokenize(other, config)
         else:
-            also = {"resnet": (), "swin": (side,)}.get(self.kind, (None,))
-        x = x.mT.unflatten(2, side) if self.kind == "resnet" else x
+            tiny = cfg.image_encoder.partition("-")[0] == "tiny"
+            size = getattr(config, "image_size", 64 if tiny else 224)
+            self.frozen.size = np.ravel(size)[0].item()
+            self.frozen.mean, self.frozen.std = torch.tensor(other)[..., None, None]
+        self.below = None    # Frozen or Cached, once it is prepared
+        self.train()
+
+    def cut(self, model):
+        """Take the top blocks, and the norm after them, out of the model (reading 1)."""
+        where, norm = TOWERS[self.kind]
+        last = len(getattr(model.config, "depths", ())) - 1
+        blocks = model.get_submodule(where.format(last=last))
+        first = len(blocks) - self.cfg.tune_blocks
+        least = int(self.kind == "resnet")    # its last stage's first block reads another shape
+        check(least <= first <= len(blocks),
+              f"tune_blocks {self.cfg.tune_blocks} of {self.modality}_encoder must be from 0 to "
+              f"{len(blocks) - least}")
+        self.blocks = nn.ModuleList(list(blocks)[first:])
+        # FLAVA's own fusion reads the tokens before their norm
+        own = self.cfg.fusion == "flava" and self.cfg.modality == "both"
+        self.norm = nn.Identity()
+        if norm and self.blocks and not own:
+            self.norm = model.get_submodule(norm)
+        if norm and (self.blocks or own):     # trained, or not wanted: no part of the frozen bottom
+            model.set_submodule(norm, nn.Identity())
+        if self.blocks:
+            blocks[first] = Boundary()
+            del blocks[first + 1:]
+        for module in self.modules():         # indices of positions, statistics of BatchNorm
+            module._non_persistent_buffers_set.update(module._buffers)
+        if self.kind == "vit_mae":            # reading 4
+            model.embeddings.random_masking = lambda x, noise=None: (x, None, None)
+
+    def tokenize(self, tokenizer, config):
+        """Texts -> token ids (reading 2). Raises ValueError for more tokens than the encoder has."""
+        room = config.max_position_embeddings
+        if self.kind == "roberta":
+            room -= config.pad_token_id + 1
+        check(3 <= self.cfg.max_tokens <= room,
+              f"max_tokens {self.cfg.max_tokens} of {self.cfg.text_encoder} must be from 3 to {room}")
+        tokens = tokenizer(self.frozen.inputs, max_length=self.cfg.max_tokens, truncation=True)
+        self.frozen.inputs = tokens["input_ids"]
+
+    def train(self, mode=True):
+        return super().train(mode and self.kind != "resnet")    # reading 11
+
+    def prepare(self, device):
+        """Open the cache, or fill it; then forget the frozen bottom. Nothing the second time."""
+        if self.below is not None:
+            return
+        if self.cfg.cache == "off":
+            self.below = self.frozen
+        else:
+            self.below = Cached(self.frozen, self.width, self.cfg, device)
+        self.frozen = None
+
+    def forward(self, items):
+        """Items (U,) -> tokens (U, T, width), mask (U, T)."""
+        rows, back = self.row_of[items].unique(return_inverse=True)
+        x, mask = self.below.boundary(rows)                       # (R, T, width), (R, T)
+        side = int(x.shape[1] ** .5)
+        if self.kind == "resnet":
+            x = x.mT.unflatten(2, (side, side))                   # (R, width, side, side)
+        more = self.arguments(x, mask, side)
         for block in self.blocks:
-            x = block(x, *also)
+            x = block(x, *more)
             x = x[0] if isinstance(x, tuple) else x
-        x = x.flatten(2).mT if self.kind == "resnet" else x
+        if self.kind == "resnet":
+            x = x.flatten(2).mT
         return self.norm(x).index_select(0, back), mask[back]
 
+    def arguments(self, x, mask, side):
+        """What a block of this kind of encoder takes besides the hidden states."""
+        if self.modality == "text":
+            T = x.shape[1]
+            look = mask[:, None, None].expand(-1, 1, T, -1)       # (R, 1, T, T) True = may look
+            if self.kind == "clip_text_model":                    # it is causal
+                look = look.tril()
+            added = torch.zeros_like(look, dtype=x.dtype)
+            return (added.masked_fill(~look, torch.finfo(x.dtype).min),)
+        if self.kind == "resnet":
+            return ()
+        return ((side, side),) if self.kind == "swin" else (None,)
 
-def masked_mean(x, mask):                                        # (U, T, D), (U, T) -> (U, D)
+
+# ---------------- fusion (section 3.3): tokens x (U, T, D), y (U, V, D) and their masks -> (U, D)
+
+def masked_mean(x, mask):
+    """(U, T, D), (U, T) -> (U, D)"""
     return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-COARSE = {                               # fusion -> its linear maps (widths in units of dim), and what it makes of two means
-    "sum": ({"Wx": (1, 1), "Wy": (1, 1)}, lambda m, x, y: m["Wx"](x) + m["Wy"](y)),
-    "concat": ({"W": (2, 1)}, lambda m, x, y: m["W"](torch.cat([x, y], -1))),
-    "gate": ({"Wx": (1, 1), "Wy": (1, 1), "W": (1, 1)}, lambda m, x, y: m["W"](m["Wx"](x).sigmoid() * m["Wy"](y))),
-    "film": ({"gamma": (1, 1), "beta": (1, 1), "W": (1, 1)}, lambda m, x, y: m["W"](m["gamma"](x) * y + m["beta"](x)))}
+class Sum(nn.Module):
+    """W_x x + W_y y"""
 
-
-class Fusion(nn.Module):
-    """Text tokens x (U, T, D), picture tokens y (U, V, D) and their masks -> item vectors (U, D). Section 3.3."""
-
-    def __init__(self, cfg, flava):
+    def __init__(self, d):
         super().__init__()
-        d, p, self.kind = cfg.dim, cfg.dropout, cfg.fusion.removesuffix("+")
-        heads = max(h for h in range(1, max(1, d // 64) + 1) if d % h == 0)        # of width 64, as in BERT
-        if self.kind in COARSE:
-            self.maps = nn.ModuleDict({name: nn.Linear(i * d, o * d) for name, (i, o) in COARSE[self.kind][0].items()})
-            self.norm = nn.LayerNorm(d, eps=1e-6)                                  # one for both means
-            deep = [layer for _ in range(3) for layer in (nn.Dropout(p), nn.Linear(d, d), nn.ReLU())]
-            self.dnn = nn.Sequential(*deep if cfg.fusion.endswith("+") else ())    # reading 5
-        elif self.kind == "flava":
-            if flava.config.model_type != "flava" or cfg.text_encoder != cfg.image_encoder:
-                raise ValueError("fusion flava needs one FLAVA model as text_encoder and as image_encoder")
-            self.x, self.y, self.model = flava.text_to_mm_projection, flava.image_to_mm_projection, flava.multimodal_model
-            self.model.pooler, self.out = None, nn.Linear(flava.mm_hidden_size, d)
-        else:
-            self.kinds = nn.Parameter(torch.empty(2, d))                           # reading 6
-            self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(d, heads, 4 * d, p, "gelu", 1e-12, batch_first=True)
-                                        for _ in range(2 if self.kind == "co" else cfg.merge_layers))
-        if self.kind == "co":
-            self.cross, self.out = nn.MultiheadAttention(d, heads, p, batch_first=True), nn.Linear(2 * d, d)
-            self.norm, self.dropout = nn.LayerNorm(d, 1e-12), nn.Dropout(p)
+        self.Wx = nn.Linear(d, d)
+        self.Wy = nn.Linear(d, d)
+
+    def forward(self, x, y):
+        return self.Wx(x) + self.Wy(y)
+
+
+class Concat(nn.Module):
+    """W [x, y]"""
+
+    def __init__(self, d):
+        super().__init__()
+        self.W = nn.Linear(2 * d, d)
+
+    def forward(self, x, y):
+        return self.W(torch.cat([x, y], -1))
+
+
+class Gate(nn.Module):
+    """W (sigmoid(W_x x) * W_y y)"""
+
+    def __init__(self, d):
+        super().__init__()
+        self.Wx = nn.Linear(d, d)
+        self.Wy = nn.Linear(d, d)
+        self.W = nn.Linear(d, d)
+
+    def forward(self, x, y):
+        return self.W(self.Wx(x).sigmoid() * self.Wy(y))
+
+
+class FiLM(nn.Module):
+    """W (gamma(x) * y + beta(x))"""
+
+    def __init__(self, d):
+        super().__init__()
+        self.gamma = nn.Linear(d, d)
+        self.beta = nn.Linear(d, d)
+        self.W = nn.Linear(d, d)
+
+    def forward(self, x, y):
+        return self.W(self.gamma(x) * y + self.beta(x))
+
+
+COARSE = {"sum": Sum, "concat": Concat, "gate": Gate, "film": FiLM}
+
+
+class Coarse(nn.Module):
+    """Fusion of the two means; with "+", a deep network after it (reading 5)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        d = cfg.dim
+        self.maps = COARSE[cfg.fusion.removesuffix("+")](d)
+        self.norm = nn.LayerNorm(d, eps=1e-6)    # one for both means
+        deep = []
+        if cfg.fusion.endswith("+"):
+            for _ in range(3):
+                deep += [nn.Dropout(cfg.dropout), nn.Linear(d, d), nn.ReLU()]
+        self.dnn = nn.Sequential(*deep)
 
     def forward(self, x, x_mask, y, y_mask):
-        return getattr(self, "coarse" if self.kind in COARSE else self.kind)(x, x_mask, y, y_mask)
+        x = self.norm(masked_mean(x, x_mask))
+        y = self.norm(masked_mean(y, y_mask))
+        return self.dnn(self.maps(x, y))
 
-    def coarse(self, x, x_mask, y, y_mask):
-        return self.dnn(COARSE[self.kind][1](self.maps, *map(self.norm, (masked_mean(x, x_mask), masked_mean(y, y_mask)))))
 
-    def merge(self, x, x_mask, y, y_mask):
-        z, mask = torch.cat([x + self.kinds[0], y + self.kinds[1]], 1), torch.cat([x_mask, y_mask], 1)   # (U, T+V, D)
+def bert_block(cfg):
+    """BERT's layer, with heads of width 64 (or the nearest that divides dim)."""
+    d = cfg.dim
+    heads = max(h for h in range(1, max(1, d // 64) + 1) if d % h == 0)
+    return nn.TransformerEncoderLayer(
+        d, heads, 4 * d, cfg.dropout, "gelu", 1e-12, batch_first=True
+    )
+
+
+class Merge(nn.Module):
+    """Merge-attention: all tokens of both modalities in one sequence (reading 6)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.kinds = nn.Parameter(torch.empty(2, cfg.dim))    # modality embeddings
+        self.blocks = nn.ModuleList(bert_block(cfg) for _ in range(cfg.merge_layers))
+
+    def forward(self, x, x_mask, y, y_mask):
+        z = torch.cat([x + self.kinds[0], y + self.kinds[1]], 1)    # (U, T + V, D)
+        mask = torch.cat([x_mask, y_mask], 1)
         for block in self.blocks:
             z = block(z, src_key_padding_mask=~mask)
         return masked_mean(z, mask)
 
-    def co(self, x, x_mask, y, y_mask):                          # reading 6
-        attend = lambda q, k, mask: self.norm(q + self.dropout(self.cross(q, k, k, ~mask, need_weights=False)[0]))
-        x, y = x + self.kinds[0], y + self.kinds[1]
-        x, y = attend(x, y, y_mask), attend(y, x, x_mask)
-        x, y = self.blocks[0](x, src_key_padding_mask=~x_mask), self.blocks[1](y, src_key_padding_mask=~y_mask)
-        return self.out(torch.cat([masked_mean(x, x_mask), masked_mean(y, y_mask)], -1))
 
-    def flava(self, x, x_mask, y, y_mask):                       # the class token of its multimodal Transformer
-        z, mask = torch.cat([self.y(y), self.x(x)], 1), torch.cat([y_mask[:, :1], y_mask, x_mask], 1)
-        return self.out(self.model(z, attention_mask=mask.long()).last_hidden_state[:, 0])
+class CoAttention(nn.Module):
+    """Each modality's tokens attend to the other's, then to their own (reading 6)."""
 
-
-class SASRec(nn.Module):                 # the user encoders: section 3.5, appendix B
     def __init__(self, cfg):
         super().__init__()
-        if cfg.dim % cfg.heads:
-            raise ValueError(f"dim {cfg.dim} must be a multiple of heads {cfg.heads}")
-        self.heads, self.position = cfg.heads, nn.Parameter(torch.empty(cfg.max_len, cfg.dim))
-        self.norm, self.dropout = nn.LayerNorm(cfg.dim), nn.Dropout(cfg.dropout)
-        block = lambda: nn.TransformerEncoderLayer(cfg.dim, cfg.heads, 4 * cfg.dim, cfg.dropout, batch_first=True)
-        self.blocks = nn.ModuleList(block() for _ in range(cfg.layers or 2))
+        d = cfg.dim
+        self.kinds = nn.Parameter(torch.empty(2, d))                # modality embeddings
+        self.blocks = nn.ModuleList(bert_block(cfg) for _ in range(2))
+        heads = self.blocks[0].self_attn.num_heads
+        self.cross = nn.MultiheadAttention(d, heads, cfg.dropout, batch_first=True)
+        self.out = nn.Linear(2 * d, d)
+        self.norm = nn.LayerNorm(d, 1e-12)
+        self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, real):                                  # items (B, L, D), real (B, L) -> states (B, L, D)
+    def attend(self, x, y, y_mask):
+        """Tokens x look at tokens y."""
+        seen, _ = self.cross(x, y, y, ~y_mask, need_weights=False)
+        return self.norm(x + self.dropout(seen))
+
+    def forward(self, x, x_mask, y, y_mask):
+        x, y = x + self.kinds[0], y + self.kinds[1]
+        x, y = self.attend(x, y, y_mask), self.attend(y, x, x_mask)
+        x = self.blocks[0](x, src_key_padding_mask=~x_mask)
+        y = self.blocks[1](y, src_key_padding_mask=~y_mask)
+        return self.out(torch.cat([masked_mean(x, x_mask), masked_mean(y, y_mask)], -1))
+
+
+class Flava(nn.Module):
+    """The class token of FLAVA's own multimodal Transformer, which is trained (appendix E)."""
+
+    def __init__(self, cfg, flava):
+        super().__init__()
+        check(flava.config.model_type == "flava" and cfg.text_encoder == cfg.image_encoder,
+              "fusion flava needs one FLAVA model as text_encoder and as image_encoder")
+        self.x = flava.text_to_mm_projection
+        self.y = flava.image_to_mm_projection
+        self.model = flava.multimodal_model
+        self.model.pooler = None
+        self.out = nn.Linear(flava.mm_hidden_size, cfg.dim)
+
+    def forward(self, x, x_mask, y, y_mask):
+        z = torch.cat([self.y(y), self.x(x)], 1)
+        mask = torch.cat([y_mask[:, :1], y_mask, x_mask], 1)    # one more, for the class token
+        return self.out(self.model(z, attention_mask=mask.long()).last_hidden_state[:, 0])
+
+    def pre_trained(self):
+        return [*self.x.parameters(), *self.y.parameters(), *self.model.parameters()]
+
+
+def make_fusion(cfg, flava):
+    """The fusion of a Config; flava: the whole model, which fusion flava takes its part from."""
+    if cfg.fusion == "flava":
+        return Flava(cfg, flava)
+    if cfg.fusion in ("merge", "co"):
+        return Merge(cfg) if cfg.fusion == "merge" else CoAttention(cfg)
+    return Coarse(cfg)
+
+
+# ---------------- user encoders (section 3.5, appendix B): x (B, L, D), real (B, L) -> (B, L, D)
+
+class SASRec(nn.Module):
+    """A causal Transformer."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads = cfg.heads
+        self.position = nn.Parameter(torch.empty(cfg.max_len, cfg.dim))
+        self.norm = nn.LayerNorm(cfg.dim)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList()
+        for _ in range(cfg.layers or 2):                                   # reading 8
+            self.blocks.append(nn.TransformerEncoderLayer(
+                cfg.dim, cfg.heads, 4 * cfg.dim, cfg.dropout, batch_first=True
+            ))
+
+    def forward(self, x, real):
         L = x.shape[1]
         x = self.dropout(self.norm(x + self.position[-L:]))
         causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-        itself = torch.eye(L, dtype=torch.bool, device=x.device)                   # a padded row must see something
-        hide = ~(causal & real[:, None] | itself).repeat_interleave(self.heads, 0)           # (B heads, L, L)
+        itself = torch.eye(L, dtype=torch.bool, device=x.device)    # padding must see something
+        hide = ~(causal & real[:, None] | itself)                          # (B, L, L)
+        hide = hide.repeat_interleave(self.heads, 0)                       # (B heads, L, L)
         for block in self.blocks:
             x = block(x, hide)
         return x
 
 
 class GRU(nn.Module):
+    """A recurrent network. Without biases, zeros on the left leave its state at zero."""
+
     def __init__(self, cfg):
         super().__init__()
         self.dropout = nn.Dropout(cfg.dropout)
         self.gru = nn.GRU(cfg.dim, cfg.dim, cfg.layers or 4, bias=False, batch_first=True)
 
-    def forward(self, x, real):          # without biases, zeros on the left leave the state at zero
-        return self.gru(self.dropout(x))[0]
+    def forward(self, x, real):
+        x = self.dropout(x).to(self.gru.weight_ih_l0.dtype)
+        with torch.autocast(x.device.type, enabled=False):    # else cuDNN computes in float16
+            states, _ = self.gru(x)
+        return states
 
 
 class NextItNet(nn.Module):
-    """Layers of two residual blocks (b), each of two causal convolutions of width 3, dilated by d and 2 d; d = 1, 4."""
+    """Layers of two residual blocks (b), each of two causal convolutions of width 3, dilated by d
+    and 2 d; d = 1, 4."""
 
     def __init__(self, cfg):
         super().__init__()
         self.dilations = [d for _ in range(cfg.layers or 2) for d in (1, 2, 4, 8)]
-        self.convolutions = nn.ModuleList(nn.Conv1d(cfg.dim, cfg.dim, 3, dilation=d) for d in self.dilations)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(cfg.dim, cfg.dim, 3, dilation=d) for d in self.dilations
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(cfg.dim) for _ in self.dilations)
 
+    def convolve(self, i, x, real):
+        padded = F.pad(x.mT, (2 * self.dilations[i], 0))    # causal
+        x = self.norms[i](self.convolutions[i](padded).mT)
+        return x.relu() * real[..., None]                   # reading 7
+
     def forward(self, x, real):
-        for i, (convolution, norm, d) in enumerate(zip(self.convolutions, self.norms, self.dilations)):
-            before = x if i % 2 == 0 else before
-            x = norm(convolution(F.pad(x.mT, (2 * d, 0))).mT).relu() * real[..., None]
-            x = x + before if i % 2 else x
+        for i in range(0, len(self.dilations), 2):          # a residual block
+            x = x + self.convolve(i + 1, self.convolve(i, x, real), real)
         return x
 
 
+USERS = {"sasrec": SASRec, "gru": GRU, "nextitnet": NextItNet}
+
+
+# ---------------- the model
+
 class MMSR(nn.Module):
+    """Items from their titles and pictures, users from their items."""
+
     def __init__(self, cfg, catalog):
         super().__init__()
-        self.cfg, self.n_items, N = cfg, catalog["n_items"], catalog["n_items"]
-        self.towers, self.project = nn.ModuleDict(), nn.ModuleDict()
-        self.user = {"sasrec": SASRec, "gru": GRU, "nextitnet": NextItNet}[cfg.user_encoder](cfg)
-        both, content = cfg.modality == "both", cfg.item_encoder == "content"
-        for modality in (("text", "image") if both else (cfg.modality,)) if content else ():
-            whole, other = load_encoder(getattr(cfg, f"{modality}_encoder"), modality)
-            parts = {"text": ("text_model",), "image": ("vision_model", "image_model")}[modality]      # of CLIP, FLAVA
-            model = next((getattr(whole, part) for part in parts if hasattr(whole, part)), whole)
-            wanted = catalog[{"text": "titles", "image": "image_paths"}[modality]]
-            tower = self.towers[modality] = Tower(model, other, modality, wanted, cfg)
-            self.project[modality] = nn.Identity() if both and cfg.fusion == "flava" else nn.Linear(tower.width, cfg.dim)
-        self.fusion = Fusion(cfg, whole) if both and content else None
-        self.item = None if content else nn.Embedding(N + 1, cfg.dim, padding_idx=0)
-        self.pre_trained = {*self.towers.parameters(), *(p for name in ("x", "y", "model") for p in
-                                                         getattr(self.fusion, name, nn.Module()).parameters())}
+        check_catalog(catalog)
+        self.cfg = cfg
+        self.n_items = catalog["n_items"]
+        self.towers = nn.ModuleDict()
+        self.project = nn.ModuleDict()
+        self.user = USERS[cfg.user_encoder](cfg)
+        self.fusion = None
+        self.item = None
+        if cfg.item_encoder == "id":
+            self.item = nn.Embedding(self.n_items + 1, cfg.dim, padding_idx=0)
+        else:
+            self.add_towers(catalog)
+        self.start_weights()
+        self.remember(catalog["train_seqs"])
+
+    def add_towers(self, catalog):
+        """An encoder for each modality, a projection of its tokens, and the fusion of both."""
+        cfg = self.cfg
+        both = cfg.modality == "both"
+        names = {"text": cfg.text_encoder, "image": cfg.image_encoder}
+        wanted = {"text": catalog["titles"], "image": catalog["image_paths"]}
+        parts = {"text": ("text_model",), "image": ("vision_model", "image_model")}    # CLIP, FLAVA
+        whole = None
+        for m in ("text", "image") if both else (cfg.modality,):
+            whole, other = load_encoder(names[m], m)
+            own = [getattr(whole, part) for part in parts[m] if hasattr(whole, part)]
+            tower = Tower(own[0] if own else whole, other, m, wanted[m], cfg)
+            self.towers[m] = tower
+            projected = not (both and cfg.fusion == "flava")
+            self.project[m] = nn.Linear(tower.width, cfg.dim) if projected else nn.Identity()
+        if both:
+            self.fusion = make_fusion(cfg, whole)
+
+    def start_weights(self):
+        """Random numbers for all weights that are not pre-trained."""
+        self.pre_trained = set(self.towers.parameters())
+        if isinstance(self.fusion, Flava):
+            self.pre_trained.update(self.fusion.pre_trained())
+        embeddings = ("item.weight", "user.position", "fusion.kinds")
         for name, weight in self.named_parameters():
             if weight.dim() > 1 and weight not in self.pre_trained:
-                free = name in ("item.weight", "user.position", "fusion.kinds")
-                nn.init.normal_(weight, std=.02) if free else nn.init.xavier_normal_(weight)
-        own = [sorted(set(seq)) for seq in catalog["train_seqs"]]
-        # how many items the user lacks before the i-th of those he has, + user (N+1): sorted, so one search finds all
-        lacked = [u * (N + 1) + item - 1 - i for u, seq in enumerate(own) for i, item in enumerate(seq)]
-        flat = torch.tensor([item for seq in catalog["train_seqs"] for item in seq], dtype=torch.long)
-        for name, value in {"lacked": torch.tensor(lacked), "first": torch.tensor([0, *map(len, own)]).cumsum(0),
-                            "log_pop": flat.bincount(minlength=N + 1).clamp(min=1).log()}.items():
-            self.register_buffer(name, value, persistent=False)
+                if name in embeddings:
+                    nn.init.normal_(weight, std=.02)
+                else:
+                    nn.init.xavier_normal_(weight)
 
-    def items(self, ids):
-        """Item vectors (U, D) of ids (U,); zero for padding."""
-        if self.item is not None:
-            return self.item(ids) * (ids != 0)[:, None]
-        self.prepare(ids.device)
-        tokens = []
-        for modality, tower in self.towers.items():
-            x, mask = tower(ids)
-            tokens += [self.project[modality](x), mask]                            # (U, T, D), (U, T)
-        return (self.fusion or masked_mean)(*tokens) * (ids != 0)[:, None]
-
-    def negatives(self, user, L):
-        """user (B,) -> (B, L) items, each uniform over those that the user's training sequence lacks; 0: there is none."""
-        draw = torch.rand(len(user), max(L, self.cfg.max_len), device=user.device, dtype=torch.float64)[:, -L:]
-        user = user[:, None]             # the draws are those of the places from the end, so that padding changes none
-        first = self.first[user]
-        n = self.n_items - (self.first[user + 1] - first)
-        r = (draw * n).long()                                                      # take the r-th of them
-        before = torch.searchsorted(self.lacked, user * (self.n_items + 1) + r, right=True) - first
-        return torch.where(n > 0, r + 1 + before, 0)
-
-    def forward(self, batch):
-        seq, target = batch["seq"], batch["target"]
-        if self.cfg.prefixes:                                                      # one target a row, the last
-            target = F.pad(target[:, -1:], (seq.shape[1] - 1, 0))
-        real, bce = target != 0, self.cfg.loss == "bce"
-        negative = self.negatives(batch["user"], seq.shape[1]) * real if bce else target
-        ids, place = torch.stack([seq, target, negative]).unique(return_inverse=True)
-        vectors = self.items(ids)                                                  # (U, D): each distinct item once
-        x, right, wrong = F.embedding(place, vectors)                              # (B, L, D)
-        states = self.user(x, seq != 0)                                            # (B, L, D)
-        if bce:
-            loss = F.softplus((states * wrong).sum(-1)) * ((negative != 0) & (negative != target))
-            loss = loss + F.softplus(-(states * right).sum(-1)) * real             # eq. (6)
-        else:                                                                      # reading 9
-            logits = (states @ vectors.T).float() - self.log_pop[ids]              # (B, L, U)
-            out = torch.ones_like(ids, dtype=torch.bool).index_fill_(0, place[1].flatten(), False) | (ids == 0)
-            out = out.repeat(len(seq), 1).scatter_(1, place[:2].transpose(0, 1).flatten(1), True)      # (B, U)
-            out = out[:, None].repeat(1, seq.shape[1], 1).scatter_(2, place[1, ..., None], False)      # (B, L, U)
-            loss = F.cross_entropy(logits.masked_fill(out, -torch.inf).mT, place[1], reduction="none") * real
-        return {"next_item": loss.sum() / real.sum().clamp(min=1)}
-
-    def encode_items(self):
-        ids = torch.arange(self.n_items + 1, device=self.first.device)
-        return torch.cat([self.items(part) for part in ids.split(1024 if ids.is_cuda else 256)])   # (N+1, D)
-
-    def score(self, batch, table):                                                 # -> (B, N+1)
-        real = batch["seq"] != 0
-        return self.user(table[batch["seq"]] * real[..., None], real)[:, -1] @ table.T
+    def remember(self, train_seqs):
+        """What negatives and popularity need of the training sequences."""
+        N = self.n_items
+        own = [sorted(set(seq)) for seq in train_seqs]
+        # how many items user u lacks before the i-th of those he has, + u (N + 1): sorted, so that one
+        # search finds the place among all users'
+        lacked = [
+            u * (N + 1) + item - 1 - i for u, seq in enumerate(own) for i, item in enumerate(seq)
+        ]
+        first = torch.tensor([0, *map(len, own)]).cumsum(0)       # where a user begins in `lacked`
+        flat = torch.tensor([item for seq in train_seqs for item in seq], dtype=torch.long)
+        sales = flat.bincount(minlength=N + 1)
+        self.register_buffer("lacked", torch.tensor(lacked), persistent=False)
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("log_pop", sales.clamp(min=1).log(), persistent=False)
 
     def prepare(self, device):
         """Fill or open the caches now, and not in the first step. Raises ValueError."""
         for tower in self.towers.values():
             tower.prepare(device)
 
+    def items(self, ids):
+        """Item vectors (U, D) of ids (U,); zero for padding."""
+        real = (ids != 0)[:, None]
+        if self.item is not None:
+            return self.item(ids) * real
+        self.prepare(ids.device)
+        tokens = []
+        for m, tower in self.towers.items():
+            x, mask = tower(ids)
+            tokens += [self.project[m](x), mask]                  # (U, T, D), (U, T)
+        fuse = self.fusion or masked_mean                         # reading 5
+        return fuse(*tokens) * real
+
+    def forward(self, batch):
+        """{"next_item": loss}: eq. (6), or with `--loss in_batch` that of reading 9."""
+        seq = batch["seq"][:, -self.cfg.max_len:]
+        target = batch["target"][:, -seq.shape[1]:]
+        if self.cfg.prefixes:    # one target a row, the last
+            target = F.pad(target[:, -1:], (seq.shape[1] - 1, 0))
+        real = target != 0
+        negative = target
+        if self.cfg.loss == "bce":
+            negative = self.negatives(batch["user"], seq.shape[1]) * real
+        ids, place = torch.stack([seq, target, negative]).unique(return_inverse=True)
+        vectors = self.items(ids)                                 # (U, D): each distinct item once
+        x, right, wrong = F.embedding(place, vectors)             # (B, L, D) each
+        states = self.user(x, seq != 0)                           # (B, L, D)
+        if self.cfg.loss == "bce":
+            counts = (negative != 0) & (negative != target)
+            loss = F.softplus((states * wrong).sum(-1)) * counts
+            loss = loss + F.softplus(-(states * right).sum(-1)) * real              # eq. (6)
+        else:
+            loss = self.in_batch(states, vectors, ids, place) * real
+        return {"next_item": loss.sum() / real.sum().clamp(min=1)}
+
+    def negatives(self, user, L):
+        """user (B,) -> (B, L) items, each uniform over those that the user's training sequence
+        lacks; 0 where there is none (reading 9)."""
+        longest = max(L, self.cfg.max_len)
+        draw = torch.rand(len(user), longest, device=user.device, dtype=torch.float64)
+        draw = draw[:, -L:]    # those of the places from the end, so that padding changes none
+        user = user[:, None]
+        first = self.first[user]
+        n = self.n_items - (self.first[user + 1] - first)         # how many the user lacks
+        r = (draw * n).long()                                     # take the r-th of them
+        place = torch.searchsorted(self.lacked, user * (self.n_items + 1) + r, right=True)
+        before = place - first    # items that the user has before it
+        return torch.where(n > 0, r + 1 + before, 0)
+
+    def in_batch(self, states, vectors, ids, place):
+        """-log softmax over the batch's targets of states . vectors - log popularity (reading 9).
+
+        states (B, L, D), vectors (U, D) of ids (U,), place (3, B, L): seq and target among ids
+        -> (B, L)
+        """
+        B, L, _ = states.shape
+        logits = (states @ vectors.T).float() - self.log_pop[ids]                   # (B, L, U)
+        seq, target = place[0], place[1]
+        is_target = torch.zeros_like(ids, dtype=torch.bool).index_fill_(0, target.flatten(), True)
+        candidates = is_target & (ids != 0)                                         # (U,)
+        own = torch.zeros(B, len(ids), dtype=torch.bool, device=ids.device)
+        own.scatter_(1, torch.cat([seq, target], 1), True)                          # (B, U)
+        allowed = (candidates & ~own)[:, None].repeat(1, L, 1)                      # (B, L, U)
+        allowed.scatter_(2, target[..., None], True)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        return F.cross_entropy(logits.mT, target, reduction="none")
+
+    def encode_items(self):
+        """The table that score reads: item vectors (N+1, D)."""
+        ids = torch.arange(self.n_items + 1, device=self.first.device)
+        parts = ids.split(1024 if ids.is_cuda else 256)
+        return torch.cat([self.items(part) for part in parts])
+
+    def score(self, batch, table):
+        """The last state times each item: scores (B, N+1)."""
+        seq = batch["seq"][:, -self.cfg.max_len:]
+        real = seq != 0
+        x = F.embedding(seq, table) * real[..., None]
+        return self.user(x, real)[:, -1] @ table.T
+
     def init_from(self, state):
-        """Start from the weights of a model of any catalog. Raises ValueError unless they are exactly these weights."""
-        shapes = lambda weights: {(key, value.shape) for key, value in weights.items()}
-        if strange := sorted({key for key, _ in shapes(self.state_dict()) ^ shapes(state)}):
-            raise ValueError(f"its weights differ ({', '.join(strange[:3])}, ...): give the same encoders, fusion and dim")
+        """Start from the weights of a model of any catalog. Raises ValueError for other weights."""
+        mine = {(name, value.shape) for name, value in self.state_dict().items()}
+        theirs = {(name, value.shape) for name, value in state.items()}
+        strange = sorted({name for name, _ in mine ^ theirs})
+        check(not strange, f"its weights differ ({', '.join(strange[:3])}, ...): give the same "
+                           f"encoders, fusion and dim")
         self.load_state_dict(state)
 
     def param_groups(self, cfg):
-        top, rest = ([p for p in self.parameters() if (p in self.pre_trained) == yes] for yes in (True, False))
-        encoders = {"params": top, "lr": cfg.encoder_lr, "weight_decay": cfg.encoder_weight_decay}
-        return [encoders, {"params": rest}] if top else [{"params": rest}]
+        """Pre-trained weights have a learning rate and a decay of their own (section 4.2)."""
+        top = [weight for weight in self.parameters() if weight in self.pre_trained]
+        rest = [weight for weight in self.parameters() if weight not in self.pre_trained]
+        if not top:
+            return [{"params": rest}]
+        decay = cfg.encoder_weight_decay
+        return [{"params": top, "lr": cfg.encoder_lr, "weight_decay": decay}, {"params": rest}]
 
 
 Model, Config = MMSR, MMSRConfig
 
 
-if __name__ == "__main__":
+# ---------------- helpers, not the paper's: the same text in every model file
+
+def check(condition, message):
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_catalog(catalog):
+    """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
+    missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
+    check(not missing, f"the catalog lacks {', '.join(missing)}")
+    for key, form in CATALOG.items():
+        value = catalog[key]
+        rows = catalog["n_items"] + 1 if "N+1" in form else None
+        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+
+
+if __name__ == "__main__":    # a check that this file works where it was copied to
     import tempfile
     torch.manual_seed(0)
-    start, N, B, L = time.time(), 100, 8, 10
+    start = time.time()
+    N, B, L = 100, 8, 10
     items = torch.randint(1, N + 1, (B, L + 1))
-    catalog = {"n_items": N, "titles": ["", *(f"thing number {i}" for i in range(N))], "image_paths": [None] * (N + 1),
-               "train_seqs": items.tolist()}
-    items[0, :4] = 0
-    batch = {"user": torch.arange(B), "seq": items[:, :-1], "target": items[:, 1:] * (items[:, :-1] != 0)}
+    catalog = {
+        "n_items": N,
+        "titles": ["", *(f"thing number {i}" for i in range(N))],
+        "image_paths": [None] * (N + 1),
+        "train_seqs": items.tolist(),
+    }
+    items[0, :4] = 0    # a shorter row, padded on the left
+    seq, target = items[:, :-1], items[:, 1:]
+    batch = {"user": torch.arange(B), "seq": seq, "target": target * (seq != 0)}
     with tempfile.TemporaryDirectory() as folder:
-        model = MMSR(MMSRConfig(text_encoder="tiny", image_encoder="tiny", dim=64, cache_dir=folder), catalog)
+        cfg = MMSRConfig(text_encoder="tiny", image_encoder="tiny", dim=64, cache_dir=folder)
+        model = MMSR(cfg, catalog)
         losses = model(batch)
         sum(losses.values()).backward()
         scores = model.eval().score(batch, model.encode_items())
-    print({k: round(v.item(), 4) for k, v in losses.items()}, "scores", tuple(scores.shape), f"{time.time() - start:.2f} s")
     assert scores.shape == (B, N + 1) and scores.isfinite().all()
+    shown = {name: round(loss.item(), 4) for name, loss in losses.items()}
+    print(shown, "scores", tuple(scores.shape), f"{time.time() - start:.2f} s")

@@ -1,53 +1,72 @@
-"""Popularity: every user gets the items that occur most often in the training sequences. The floor; nothing is trained.
+"""Popularity: every user gets the items that occur most often in the training sequences.
 
-Reads from the catalog: n_items, train_seqs.
+An untrained baseline: a model that does not beat it has learned nothing of the user.
+
+Reads from the catalog: n_items, train_seqs (their forms: CATALOG below).
 """
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+CATALOG = {
+    "n_items": "int N; item ids are 1..N, 0 is padding",
+    "train_seqs": "one list of item ids per user, training part only",
+}
 READS = ("train_seqs",)
 
 
 @dataclass
 class PopConfig:
-    dim: int = 0                         # nothing here has a size: the recipe's words are the same in every file
+    dim: int = 0                         # nothing here has a size: the words that all files share
     heads: int = 0
     layers: int = 0
     dropout: float = 0.0
     max_len: int = 50
-    lr: float = 0.0
-    weight_decay: float = 0.0
-    batch_size: int = 512
-    epochs: int = 0
-    patience: int = 0
-    prefixes: bool = False
 
 
 class Pop(nn.Module):
     def __init__(self, cfg, catalog):
         super().__init__()
-        counts = Counter(i for seq in catalog["train_seqs"] for i in seq)
-        self.register_buffer("counts", torch.tensor([counts[i] for i in range(catalog["n_items"] + 1)],
-                                                    dtype=torch.float32), persistent=False)
+        check_catalog(catalog)
+        items = [item for seq in catalog["train_seqs"] for item in seq]
+        counts = torch.tensor(items, dtype=torch.long).bincount(minlength=catalog["n_items"] + 1)
+        self.register_buffer("counts", counts.float(), persistent=False)    # (N+1,)
 
     def forward(self, batch):
-        return {"next_item": self.counts.new_zeros(())}
+        return {"next_item": self.counts.new_zeros(())}    # nothing to train
 
     def encode_items(self):
-        return self.counts[:, None]                                                # (N+1, 1)
+        return self.counts[:, None]                        # (N+1, 1)
 
     def score(self, batch, table):
-        return table[:, 0].expand(len(batch["seq"]), -1)                           # (B, N+1)
+        return table[:, 0].expand(len(batch["seq"]), -1)   # (B, N+1)
 
 
 Model, Config = Pop, PopConfig
 
 
-if __name__ == "__main__":
+# ---------------- helpers: the same text in every model file
+
+def check(condition, message):
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_catalog(catalog):
+    """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
+    missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
+    check(not missing, f"the catalog lacks {', '.join(missing)}")
+    for key, form in CATALOG.items():
+        value = catalog[key]
+        rows = catalog["n_items"] + 1 if "N+1" in form else None
+        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+
+
+if __name__ == "__main__":    # a check that this file works where it was copied to
     model = Pop(PopConfig(), {"n_items": 3, "train_seqs": [[1, 2], [2]]})
     scores = model.score({"seq": torch.ones(2, 1, dtype=torch.long)}, model.encode_items())
-    print(scores)
     assert scores.tolist() == [[0, 1, 2, 0]] * 2
+    print(scores)

@@ -1,20 +1,23 @@
-"""SASRec: Self-Attentive Sequential Recommendation. Wang-Cheng Kang, Julian McAuley. ICDM 2018. arXiv:1808.09781.
+"""SASRec: Self-Attentive Sequential Recommendation.
+Wang-Cheng Kang, Julian McAuley. ICDM 2018. arXiv:1808.09781.
 
-The yardstick: item ids only. A causal Transformer reads the items a user had and, at every position, predicts the one
-that follows; an item's score is the dot product of the last state and the item's embedding.
+The yardstick: item ids only. A causal Transformer reads the items a user had and, at every
+position, predicts the one that follows; an item's score is the dot product of the last state and
+the item's embedding.
 
-    seq (B, L) -> E[seq] + P -> LayerNorm, dropout -> [causal attention, feed-forward] x layers -> state (B, L, D)
-                                                                              state . E[1..N]^T -> scores (B, N)
+  seq (B, L) -> E[seq] + P -> LayerNorm -> [causal attention, feed-forward] x layers -> states (B, L, D)
+                                                            last state . E[1..N]^T -> scores (B, N)
 
 Departures from the paper, all of them usual today:
-  1. loss: full softmax over all items (the paper: one sampled negative with binary cross entropy, `--loss bce`). The
-     loss moves the result more than most architectures published since, so every number must name it.
-  2. LayerNorm on the input and after each residual sum, GELU, a feed-forward of 4 x dim, as in BERT (the paper:
-     LayerNorm before attention and feed-forward, ReLU, 1 x dim).
-  3. positions are counted from the end of the sequence, so that trimming left padding changes nothing.
+ 1. The loss is a softmax over all items; the paper has one sampled negative with binary cross
+    entropy (`--loss bce`). The loss moves the result more than most architectures published since.
+ 2. LayerNorm on the input and after each residual sum, GELU, a feed-forward of 4 x dim, as in BERT;
+    the paper has LayerNorm before attention and feed-forward, ReLU, 1 x dim.
+ 3. Positions are counted from the end of the sequence, so that trimming padding changes nothing.
 
 Reads from the catalog: n_items.
 """
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CATALOG = {"n_items": "int N; item ids are 1..N, 0 is padding"}
 READS = ()
 
 
@@ -31,39 +35,155 @@ class SASRecConfig:
     dim: int = 64                        # embedding size
     heads: int = 2
     layers: int = 2                      # b = 2, section IV-C
-    dropout: float = 0.5                 # on embeddings, attention and feed-forward; 0.5 for sparse data, section IV-C
+    dropout: float = 0.5                 # everywhere; 0.5 for sparse data, section IV-C
     max_len: int = 50                    # n = 50 for sparse data, section IV-C
-    loss: Literal["softmax", "bce"] = "softmax"  # softmax over all items, or bce with one sampled negative (section III-E)
-    optimizer: str = "adam"
+    loss: Literal["softmax", "bce"] = "softmax"    # bce: one sampled negative, section III-E
+    optimizer: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
-    batch_size: int = 128                # rows; batches hold as many targets as this many rows of mean length
+    batch_size: int = 128                # as many targets as in so many rows of mean length
     epochs: int = 300
     patience: int = 20                   # epochs without a better validation NDCG@10
     prefixes: bool = False               # a target at every position
 
+    def __post_init__(self):
+        check_recipe(self)
+
+
+class Block(nn.Module):
+    """Self-attention, then feed-forward; each with dropout, residual sum and LayerNorm."""
+
+    def __init__(self, dim, heads, dropout):
+        super().__init__()
+        self.heads = heads
+        self.attention_dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)    # W^Q, W^K, W^V side by side
+        self.out = nn.Linear(dim, dim)
+        self.inner = nn.Linear(dim, 4 * dim)
+        self.outer = nn.Linear(4 * dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def attend(self, x, mask):
+        """softmax(Q K^T / sqrt(D / heads)) V, section III-B.
+
+        x (B, L, D), mask (B, 1, L, L) True = may look -> (B, L, D)
+        """
+        projected = self.qkv(x).unflatten(-1, (3, self.heads, -1))    # (B, L, 3, heads, D / heads)
+        q, k, v = projected.permute(2, 0, 3, 1, 4)    # (B, heads, L, D / heads) each
+        p = self.attention_dropout if self.training else 0.0
+        a = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+        return self.out(a.transpose(1, 2).flatten(2))
+
+    def forward(self, x, mask):
+        x = self.norm1(x + self.dropout(self.attend(x, mask)))
+        feed_forward = self.outer(F.gelu(self.inner(x)))              # section III-B
+        return self.norm2(x + self.dropout(feed_forward))
+
+
+class SASRec(nn.Module):
+    """Scores all items from the ids of a user's history."""
+
+    def __init__(self, cfg, catalog):
+        super().__init__()
+        check_catalog(catalog)
+        self.cfg = cfg
+        self.item = nn.Embedding(catalog["n_items"] + 1, cfg.dim, padding_idx=0)    # E
+        self.position = nn.Parameter(torch.empty(cfg.max_len, cfg.dim))             # P
+        self.norm = nn.LayerNorm(cfg.dim)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(
+            Block(cfg.dim, cfg.heads, cfg.dropout) for _ in range(cfg.layers)
+        )
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                nn.init.normal_(weight, std=0.02)
+        with torch.no_grad():
+            self.item.weight[0] = 0    # padding
+
+    def states(self, seq, table):
+        """The state after each item: seq (B, L), table (N+1, D) -> (B, L, D)."""
+        L = seq.shape[1]
+        x = F.embedding(seq, table) + self.position[-L:]                  # (B, L, D), departure 3
+        x = self.dropout(self.norm(x))
+        real = (seq != 0)[:, None, None, :]                               # (B, 1, 1, L)
+        causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
+        itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # padding must see something
+        mask = causal & real | itself                                     # (B, 1, L, L)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+    def forward(self, batch):
+        """{"next_item": loss} of a batch: "seq" and "target" (B, L), 0 = padding or no target."""
+        table = self.encode_items()
+        seq = batch["seq"][:, -self.cfg.max_len:]
+        target = batch["target"][:, -seq.shape[1]:]
+        states = self.states(seq, table)                                  # (B, L, D)
+        if self.cfg.prefixes:    # one target a row, the last
+            states, target = states[:, -1:], target[:, -1:]
+        if self.cfg.loss == "softmax":                                    # departure 1
+            loss = softmax_loss(states.flatten(0, 1), table, target.flatten())
+        else:
+            loss = self.bce(states, table, target, batch)
+        return {"next_item": loss}
+
+    def bce(self, states, table, target, batch):
+        """Mean over the targets of -log sigmoid(r_target) - log(1 - sigmoid(r_negative)), section III-E.
+
+        The negative is drawn from all items; one that the row itself has counts nothing.
+        """
+        real = target != 0                                                # (B, L)
+        negative = torch.randint_like(target, 1, len(table))              # (B, L)
+        own = torch.cat([batch["seq"], batch["target"]], 1)
+        other = (negative[..., None] != own[:, None]).all(-1)             # (B, L)
+        right = (states * F.embedding(target, table)).sum(-1)             # (B, L)
+        wrong = (states * F.embedding(negative, table)).sum(-1)           # (B, L)
+        loss = F.softplus(-right) * real + F.softplus(wrong) * (real & other)
+        return loss.sum() / real.sum().clamp(min=1)
+
+    def encode_items(self):
+        """The table that score reads: E (N+1, D)."""
+        return self.item.weight
+
+    def score(self, batch, table):
+        """Scores (B, N+1) of all items after the sequences "seq" (B, L)."""
+        seq = batch["seq"][:, -self.cfg.max_len:]
+        return self.states(seq, table)[:, -1] @ table.T
+
+
+Model, Config = SASRec, SASRecConfig
+
+
+# ---------------- helpers, not the paper's: the same text in every model file
 
 class SoftmaxLoss(torch.autograd.Function):
-    """Mean cross entropy of states (R, D) over items 1..N of a table (N+1, D); rows with target 0 count nothing.
+    """Cross entropy of states (R, D) over items 1..N of a table (N+1, D), summed over the rows.
 
-    Works through the rows in chunks and makes the gradient on the way, so the (R, N+1) logits never exist as a whole.
+    A row with target 0 counts nothing. Works through the rows in chunks and makes the gradient on
+    the way, so the (R, N+1) logits never exist as a whole.
     """
 
     @staticmethod
     def forward(ctx, states, items, target):
-        weight = (target != 0) / (target != 0).sum().clamp(min=1)                  # (R,)
-        loss = torch.zeros((), device=states.device, dtype=torch.promote_types(states.dtype, torch.float32))
-        d_states, d_items = torch.zeros_like(states), torch.zeros_like(items)
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        loss = torch.zeros((), device=states.device, dtype=dtype)
+        d_states = torch.zeros_like(states)
+        d_items = torch.zeros_like(items)
         chunk = max(64, 2 ** (26 if states.is_cuda else 21) // len(items))
         for first in range(0, len(states), chunk):
             rows = slice(first, first + chunk)
-            logits = (states[rows] @ items.T).to(loss.dtype)                       # (chunk, N+1)
-            logits[:, 0] = -torch.inf                                              # padding is no item
-            logits = logits.log_softmax(1)
+            real = target[rows, None] != 0                          # (chunk, 1)
             answer = target[rows, None].clamp(min=1)
-            loss -= (logits.gather(1, answer)[:, 0] * weight[rows]).sum()
-            slope = logits.exp_().scatter_add_(1, answer, logits.new_full(answer.shape, -1.))
-            slope = (slope * weight[rows, None]).to(states.dtype)                  # d loss / d logits
+            logits = (states[rows] @ items.T).to(dtype)             # (chunk, N+1)
+            logits[:, 0] = -torch.inf                               # padding is no item
+            log_p = logits.log_softmax(1)
+            loss -= (log_p.gather(1, answer) * real).sum()
+            # d loss / d logits: p - 1 at the answer, p elsewhere
+            minus_one = -torch.ones_like(answer, dtype=dtype)
+            slope = log_p.exp_().scatter_add_(1, answer, minus_one)
+            slope = (slope * real).to(states.dtype)
             d_states[rows] = slope @ items
             d_items += slope.T @ states[rows]
         ctx.save_for_backward(d_states, d_items)
@@ -76,87 +196,53 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
-class Block(nn.Module):
-    """Self-attention and feed-forward, each with dropout, residual sum and LayerNorm."""
-
-    def __init__(self, dim, heads, dropout):
-        super().__init__()
-        self.heads, self.p = heads, dropout
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.inner, self.outer = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x, mask):                                  # x (B, L, D), mask (B, 1, L, L) True = may look
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        a = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.p if self.training else 0.)
-        x = self.norm1(x + self.dropout(self.out(a.transpose(1, 2).flatten(2))))
-        return self.norm2(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
+def softmax_loss(states, items, target):
+    """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
+    if not target.is_cuda:    # a GPU would have to wait while they are counted
+        states, target = states[target != 0], target[target != 0]
+    return SoftmaxLoss.apply(states, items, target) / (target != 0).sum().clamp(min=1)
 
 
-class SASRec(nn.Module):
-    def __init__(self, cfg, catalog):
-        super().__init__()
-        if cfg.dim % cfg.heads:
-            raise ValueError(f"dim {cfg.dim} must be a multiple of heads {cfg.heads}")
-        self.cfg = cfg
-        self.item = nn.Embedding(catalog["n_items"] + 1, cfg.dim, padding_idx=0)
-        self.position = nn.Parameter(torch.empty(cfg.max_len, cfg.dim))
-        self.norm, self.dropout = nn.LayerNorm(cfg.dim), nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, cfg.dropout) for _ in range(cfg.layers))
-        for weight in self.parameters():
-            if weight.dim() > 1:
-                nn.init.normal_(weight, std=0.02)
-        with torch.no_grad():
-            self.item.weight[0] = 0
-
-    def states(self, seq, table):                                # (B, L) -> (B, L, D)
-        L = seq.shape[1]
-        x = self.dropout(self.norm(F.embedding(seq, table) + self.position[-L:]))
-        real = (seq != 0)[:, None, None, :]                                        # (B, 1, 1, L)
-        causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
-        itself = torch.eye(L, dtype=torch.bool, device=seq.device)                 # a padded row must see something
-        mask = causal & real | itself                                              # (B, 1, L, L)
-        for block in self.blocks:
-            x = block(x, mask)
-        return x
-
-    def forward(self, batch):
-        table, target = self.encode_items(), batch["target"]
-        states = self.states(batch["seq"], table)                                  # (B, L, D)
-        if self.cfg.prefixes:                                                      # one target a row, the last
-            states, target = states[:, -1:], target[:, -1:]
-        if self.cfg.loss == "softmax":
-            states, target = states.flatten(0, 1), target.flatten()
-            if not target.is_cuda:                  # choosing rows would wait for a GPU; trimmed batches are nearly full
-                states, target = states[target != 0], target[target != 0]
-            return {"next_item": SoftmaxLoss.apply(states, table, target)}
-        real, negative = target != 0, torch.randint_like(target, 1, len(table))    # (B, L)
-        own = torch.cat([batch["seq"], batch["target"]], 1)                        # what the row has is no negative
-        other = (negative[..., None] != own[:, None]).all(-1)
-        right, wrong = ((states * table[i]).sum(-1) for i in (target, negative))   # (B, L)
-        loss = F.softplus(-right) * real + F.softplus(wrong) * (real & other)      # section III-E
-        return {"next_item": loss.sum() / real.sum().clamp(min=1)}
-
-    def encode_items(self):
-        return self.item.weight                                                    # (N+1, D)
-
-    def score(self, batch, table):
-        return self.states(batch["seq"], table)[:, -1] @ table.T                   # (B, N+1)
+def check(condition, message):
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
-Model, Config = SASRec, SASRecConfig
+def check_recipe(cfg):
+    """Raises ValueError for a setting that makes no sense, of those that model files share."""
+    for name in ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience"):
+        value = getattr(cfg, name)
+        check(value >= 1, f"{name} {value} is too small: it must be at least 1")
+    check(cfg.dim % cfg.heads == 0, f"dim {cfg.dim} must be a multiple of heads {cfg.heads}")
+    check(0 <= cfg.dropout < 1, f"dropout {cfg.dropout} must be from 0 to below 1")
+    check(0 < cfg.lr < math.inf, f"lr {cfg.lr} must be above 0")
+    check(0 <= cfg.weight_decay < math.inf, f"weight_decay {cfg.weight_decay} must not be negative")
 
 
-if __name__ == "__main__":
+def check_catalog(catalog):
+    """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
+    missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
+    check(not missing, f"the catalog lacks {', '.join(missing)}")
+    for key, form in CATALOG.items():
+        value = catalog[key]
+        rows = catalog["n_items"] + 1 if "N+1" in form else None
+        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+
+
+if __name__ == "__main__":    # a check that this file works where it was copied to
     torch.manual_seed(0)
-    start, N, B, L = time.time(), 100, 8, 10
+    start = time.time()
+    N, B, L = 100, 8, 10
     model = SASRec(SASRecConfig(), {"n_items": N})
     items = torch.randint(1, N + 1, (B, L + 1))
-    items[0, :4] = 0
-    batch = {"user": torch.arange(B), "seq": items[:, :-1], "target": items[:, 1:] * (items[:, :-1] != 0)}
+    items[0, :4] = 0    # a shorter row, padded on the left
+    seq, target = items[:, :-1], items[:, 1:]
+    batch = {"user": torch.arange(B), "seq": seq, "target": target * (seq != 0)}
     losses = model(batch)
     sum(losses.values()).backward()
     scores = model.eval().score(batch, model.encode_items())
-    print({k: round(v.item(), 4) for k, v in losses.items()}, "scores", tuple(scores.shape), f"{time.time() - start:.2f} s")
     assert scores.shape == (B, N + 1) and scores.isfinite().all()
+    shown = {name: round(loss.item(), 4) for name, loss in losses.items()}
+    print(shown, "scores", tuple(scores.shape), f"{time.time() - start:.2f} s")

@@ -1,46 +1,44 @@
-"""SRMML: Sequential Recommendation Based on Multi-Modal and Multi-Lingual. Yongqing Wu, Yu Xing. IAENG 2025. Not on arXiv.
+"""SRMML: Sequential Recommendation Based on Multi-Modal and Multi-Lingual.
+Yongqing Wu, Yu Xing. IAENG 2025. Not on arXiv.
 
-A purchase says where a user's interest lies and how sure that is, so items and users are Gaussians. (a) CLIP's text and
-picture vectors make three channels, the third as strong as the two agree, and a small network weighs the channels;
-(b) a gate that knows an item's language and how its goods sell scales its mean and its covariance; (c) attention asks
-how far two Gaussians are apart (Wasserstein) and mixes means with weights A, covariances with A^2; (d) the next item is
-the nearest Gaussian.
+A purchase says where a user's interest lies and how sure that is, so items and users are Gaussians.
+(a) CLIP's text and picture vectors make three channels, the third as strong as the two agree, and a
+small network weighs the channels; (b) a gate that knows an item's language and how its goods sell
+scales its mean and its covariance; (c) attention asks how far two Gaussians are apart (Wasserstein)
+and mixes means with weights A, covariances with A^2; (d) the next item is the nearest Gaussian.
 
-    text  f_T -> P_T ---------------------> m_T -+ channel         e^mu    + W m_Agg = M^mu    -+- (+ P, LayerNorm) (5)
-    both  f_M -> P_M * M(cos(f_T, f_I)) --> m_M -+ attention       e^Sigma + W m_Agg = M^Sigma -+        |
-    image f_I -> P_I ---------------------> m_I -+--> m_Agg (1-4)                               |        |
-    language, sales, M^mu -> two layers -> 2 sigmoid = G (6-8) ------ times both (9) -----------+--------+
-    sequence: [-W2^2 (11) -> softmax (12) -> A V^mu, A^2 V^Sigma (13) -> ELU feed-forward (14, 15)] x layers -> s_t
-    candidate j: N(G M^mu_j, ELU(G M^Sigma_j) + 1)         score = -W2^2(s_t, j) (16), cross entropy over all items (17)
+  text  f_T -> P_T --------------------> m_T -+ channel       e^mu  + W m_Agg = M^mu  -+- (+ P, LN) (5)
+  both  f_M -> P_M * M(cos(f_T, f_I)) -> m_M -+ attention     e^Sig + W m_Agg = M^Sig -+      |
+  image f_I -> P_I --------------------> m_I -+-> m_Agg (1-4)                          |      |
+  language, sales, M^mu -> two layers -> 2 sigmoid = G (6-8) --------- times both (9) -+------+
+  sequence: [-W2^2 (11) -> softmax (12) -> A V^mu, A^2 V^Sig (13) -> feed-forward (14, 15)] -> s_t
+  candidate j: N(G M^mu_j, ELU(G M^Sig_j) + 1);  score = -W2^2(s_t, j) (16), softmax over items (17)
 
 Readings, where the paper is silent, misprinted or contradicts itself:
-  S1-S2    m_T is the text's channel, m_I the picture's (swapped in the text); the same two vectors feed all three branches.
-  S3       projection heads: Linear, LayerNorm, ReLU, dropout, Linear, LayerNorm (the ancestor FND-CLIP ends with one more
-           ReLU; its BatchNorm removes the mean that CLIP's vectors share: here the heads read standardised vectors).
-  S4-S5    M(s) = sigmoid(w s + b) with two scalars; the cosine is of the vectors as given if both have the same width
-           (one encoder's space), else of m_T and m_I.
-  S6       mean and maximum over the width, one 3-3-3 network for both, added, sigmoid; eq 4 sums the three channels.
-  S7       the vectors may come from any encoder; for several languages it should be a multilingual one.
-  S8       M = e + W m_Agg, for mean and covariance; an item the training part never shows has e = 0.
-  S9, S22  E = LayerNorm(M + P), dropout, gate; ELU + 1 where a covariance is used, never 0: see `positive`.
-  S10-S14  y = [language, statistics, M^mu without gradient], one gate for mean and covariance, per item. Statistics: log of
-           1 + sales of the item, and of 1 + mean sales in its language; training part only, standardised. We see no gain
-           by it, nor harm: with six languages (demo, seed 0) NDCG@10 is .1165, without it .1187. e learns as much alone.
-  S15, S19 eq 10 is only the attention that is replaced; queries are later positions t, keys are k <= t, itself included.
-  S16-S17  eq 11 is the square of the distance; the cross term is sqrt(Sigma_k) sqrt(Sigma_t) (a root is lost in print).
-           The square is no metric: the triangle inequality that the text claims holds for its root only.
-  S18, S20 eq 12: a softmax, with 1 / sqrt(d_head) (as printed the farthest item gets the largest weight); sums from k = 1.
-  S21      V^Sigma is ELU + 1 as well: a variance is positive. No dropout on A: it would raise the mean of A^2.
-  S23-S24  heads split the width, an output map joins them; a residual sum around the attention too.
-  S25      eqs 14-15 as printed: d -> d -> d, LayerNorm before the feed-forward only.
-  S26      the mean is passed from layer to layer (the released code of STOSA drops it by a misspelt name).
-  S27      eq 16: softmax of minus the distance, times a learned temperature that starts at 1 / sqrt(d).
-  S28      candidates: gated, without position, ELU + 1.
-  S29-S37  eq 17: softmax cross entropy over all items, at every position. Protocol and data: the project's common ones.
-  and:     a channel of a modality that an item lacks is 0, and so is the fused one; without both, an item has its e alone.
-           w/o MF feeds P_M(f_M) alone. w/o PM: one vector per item, attention of eq 10, dot product for eq 16.
+ 1. eq. 1: m_T is the text's channel, m_I the picture's (swapped in the text).
+ 2. eq. 3: heads are Linear, LayerNorm, ReLU, dropout, Linear, LayerNorm, on standardised vectors:
+    CLIP's share a large mean.
+ 3. eqs. 2-3: M(s) = sigmoid(w s + b); the cosine is of the vectors as given if both have one width
+    (one encoder's space), else of m_T and m_I.
+ 4. eq. 4: mean and maximum over the width, one 3-3-3 network for both; eq. 4 sums the channels.
+ 5. the vectors may come from any encoder; for several languages it should be a multilingual one.
+ 6. M = e + W m_Agg; an item that the training part never shows has e = 0.
+ 7. eqs. 5, 9: LayerNorm(M + P), dropout, gate; ELU + 1 where a covariance is used: see `positive`.
+ 8. eqs. 6-8: y = [language, statistics, M^mu without gradient], one gate for mean and covariance.
+    Statistics: log of 1 + sales of the item, and of 1 + mean sales in its language; standardised.
+ 9. eq. 10 is only the attention that is replaced; t looks at k <= t, itself included.
+10. eq. 11 is the square of the distance; its cross term is sqrt(Sigma_k) sqrt(Sigma_t): a root is
+    lost in print. The triangle inequality that the text claims holds for the distance alone.
+11. eq. 12: softmax(-W2^2 / sqrt(d_head)): as printed, the farthest item gets the largest weight.
+12. eq. 13: V^Sigma is ELU + 1 as well; no dropout on A, which would raise the mean of A^2.
+13. heads split the width, an output map joins them; a residual sum around the attention too.
+14. eqs. 14-15 as printed: d -> d -> d, LayerNorm before the feed-forward only.
+15. eqs. 16-17: -W2^2 times a learned temperature, from 1 / sqrt(d); a target at every position.
+16. candidates are gated, without position, ELU + 1.
+17. a channel of a modality that an item lacks is 0, and so is the fused one.
+18. w/o MF: P_M(f_M) alone. w/o PM: vectors, attention of eq. 10, dot product instead of eq. 16.
 
-Reads from the catalog: n_items, text, image, has_text, has_image, lang, train_seqs.
+Reads from the catalog: n_items, text, image, has_text, has_image, lang, train_seqs (see CATALOG).
 """
 import math
 import time
@@ -51,8 +49,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CATALOG = {
+    "n_items": "int N; item ids are 1..N, 0 is padding",
+    "text": "float (N+1, D), row 0 zero, a zero row = no text",
+    "image": "float (N+1, D), row 0 zero, a zero row = no picture",
+    "has_text": "bool (N+1,), which items have a text",
+    "has_image": "bool (N+1,), which items have a picture",
+    "lang": "int (N+1,), the language's number from 1 on, 0 for padding",
+    "train_seqs": "one list of item ids per user, training part only",
+}
 READS = ("text", "image", "has_text", "has_image", "lang", "train_seqs")
-CHUNK = None                             # rows whose logits the loss holds at once; None: 64, or more where items are few
 
 
 @dataclass
@@ -63,75 +69,139 @@ class SRMMLConfig:
     dropout: float = 0.3                 # searched in 0.3, 0.5, 0.7 (Implementation Details)
     max_len: int = 50                    # n; not in the paper
     gate_scale: float = 2.0              # lambda of eq. 7: "a scaling factor set to 2"
-    languages: int = 16                  # rows of the language table, at least as many as there are; the paper's data has 6
-    temperature: float = 0.0             # logits are -W2^2 / temperature; 0 means sqrt(dim) (S27)
-    learn_temperature: bool = True       # the number above is then where it starts
+    languages: int = 16                  # rows of the language table; the paper's data has 6
+    temperature: float = 0.0             # logits are -W2^2 / temperature; 0 means sqrt(dim)
+    learn_temperature: bool = True       # the number above is then where it starts (reading 15)
     modality: Literal["both", "text", "image"] = "both"    # Table III: text or image alone
     use_fusion: bool = True              # w/o MF, Fig. 2: both features, joined, through one head
     use_gate: bool = True                # w/o MG, Fig. 2
-    use_gaussian: bool = True            # w/o PM, Fig. 2: "item embeddings are treated as fixed vectors"
-    optimizer: str = "adam"              # not in the paper
+    use_gaussian: bool = True            # w/o PM, Fig. 2: "treated as fixed vectors"
+    optimizer: Literal["adam", "adamw"] = "adam"    # not in the paper
     lr: float = 1e-3                     # searched in 1e-3, 1e-4 (Implementation Details)
     weight_decay: float = 0.0
     batch_size: int = 256                # not in the paper; STOSA's
     epochs: int = 300                    # at most; not in the paper
     patience: int = 50                   # "does not improve within 50 epochs"
-    prefixes: bool = False               # a target at every position (S30)
+    prefixes: bool = False               # a target at every position (reading 15)
+
+    def __post_init__(self):
+        check_recipe(self)
+        check(self.gate_scale > 0, f"gate_scale {self.gate_scale} must be above 0")
+        check(self.languages >= 1, f"languages {self.languages} must be at least 1")
+        check(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
 
 
-PRESETS = {                              # chosen by validation NDCG@10
+PRESETS = {    # chosen by validation NDCG@10
     "scientific-mm": dict(lr=5e-4, patience=10),
     "demo": dict(lr=5e-4, epochs=40, patience=10),
 }
 
 
-class SoftmaxLoss(torch.autograd.Function):
-    """Mean cross entropy of states (R, D) over items 1..N: logits states @ items.T + bias, of a table (N+1, D) and (N+1,).
+# ---------------- content of an item, eqs. (1) to (4)
 
-    Rows with target 0 count nothing. Works through the rows in chunks and makes the gradient on the way, so the (R, N+1)
-    logits never exist as a whole. In float32 also under autocast: distances are small differences of large numbers.
+class Fusion(nn.Module):
+    """Text and image features (N+1, d_T), (N+1, d_I) -> m_Agg (N+1, d), eqs. (1) to (4)."""
+
+    def __init__(self, cfg, catalog):
+        super().__init__()
+        text = F.normalize(catalog["text"].to(torch.get_default_dtype()), dim=-1)
+        image = F.normalize(catalog["image"].to(torch.get_default_dtype()), dim=-1)
+        has_text, has_image = catalog["has_text"].bool(), catalog["has_image"].bool()
+        if cfg.modality != "both":
+            self.channels = (cfg.modality,)
+        else:
+            self.channels = ("text", "image", "fused") if cfg.use_fusion else ("fused",)
+        has_fused = has_text & has_image if cfg.use_fusion else has_text | has_image
+        has = {"text": has_text, "image": has_image, "fused": has_fused}
+        has = torch.stack([has[channel] for channel in self.channels], 1)[..., None]
+        f_T, f_I = standardised(text, has_text), standardised(image, has_image)     # reading 2
+        f_M = torch.cat([f_T, f_I], 1)                                              # eq. (1)
+        similarity = None
+        if text.shape == image.shape:                                               # reading 3
+            similarity = (text * image).sum(1)    # eq. (2): (N+1,)
+        self.text_width = text.shape[1]
+        self.register_buffer("f_M", f_M, persistent=False)      # f_T and f_I are its two parts
+        self.register_buffer("has", has, persistent=False)      # (N+1, channels, 1)
+        self.register_buffer("similarity", similarity, persistent=False)
+        widths = {"text": text.shape[1], "image": image.shape[1], "fused": f_M.shape[1]}
+        self.P = nn.ModuleDict({c: projection_head(widths[c], cfg) for c in self.channels})
+        if len(self.channels) == 3:
+            self.M = nn.Linear(1, 1)                            # w and b of M(s)
+            self.attention = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3))
+
+    def forward(self):
+        f = {
+            "text": self.f_M[:, :self.text_width],
+            "image": self.f_M[:, self.text_width:],
+            "fused": self.f_M,
+        }
+        m = {c: self.P[c](f[c]) for c in self.channels}                             # (N+1, d) each
+        if len(m) == 1:    # w/o MF, or one modality
+            return m[self.channels[0]] * self.has[:, 0]
+        similarity = self.similarity
+        if similarity is None:                                                      # reading 3
+            similarity = F.cosine_similarity(m["text"], m["image"], -1)
+        agreement = self.M(similarity[:, None]).sigmoid()                           # (N+1, 1)
+        m["fused"] = agreement * m["fused"]                                         # eq. (3)
+        m = torch.stack([m[c] for c in self.channels], 1) * self.has                # (N+1, 3, d)
+        logits = self.attention(m.mean(-1)) + self.attention(m.amax(-1))            # reading 4
+        weights = logits.sigmoid()                                                  # (N+1, 3)
+        return (weights[..., None] * m).sum(1)                                      # eq. (4)
+
+
+def projection_head(width, cfg):
+    """P of eq. (3): width -> 2 d -> d (reading 2)."""
+    return nn.Sequential(
+        nn.Linear(width, 2 * cfg.dim), nn.LayerNorm(2 * cfg.dim), nn.ReLU(), nn.Dropout(cfg.dropout),
+        nn.Linear(2 * cfg.dim, cfg.dim), nn.LayerNorm(cfg.dim),
+    )
+
+
+def standardised(x, has):
+    """(N+1, D) -> per dimension mean 0 and deviation 1 over the items that have it; rows of length
+    about 1, zero for items that do not have it."""
+    count = has.sum().clamp(min=1)
+    mean = (x * has[:, None]).sum(0) / count
+    x = (x - mean) * has[:, None]
+    deviation = (x.square().sum(0) / count).sqrt()
+    return x / deviation.clamp(min=1e-4) / math.sqrt(x.shape[1])
+
+
+def statistics(lang, train_seqs):
+    """What eq. (8) knows of an item besides its language (reading 8).
+
+    lang (N+1,), lists of ids -> (N+1, 2) standardised, and which items were sold at all (N+1,)
     """
+    flat = torch.tensor([item for seq in train_seqs for item in seq], dtype=torch.long)
+    sales = torch.bincount(flat, minlength=len(lang)).double()    # in the training part
+    n_lang = int(lang.max()) + 1
+    items = torch.bincount(lang[1:], minlength=n_lang)            # of each language
+    total = torch.bincount(lang[1:], sales[1:], minlength=n_lang)
+    mean_sales = total / items.clamp(min=1)
+    stats = torch.stack([sales, mean_sales[lang]], 1).log1p()     # (N+1, 2)
+    deviation = stats[1:].std(0, correction=0).clamp(min=1e-6)
+    stats = (stats - stats[1:].mean(0)) / deviation
+    stats[0] = 0
+    return stats.to(torch.get_default_dtype()), sales > 0
 
-    @staticmethod
-    def forward(ctx, states, items, bias, target):
-        weight = (target != 0) / (target != 0).sum().clamp(min=1)                  # (R,)
-        loss = torch.zeros((), device=states.device, dtype=states.dtype)
-        d_states, d_items, d_bias = torch.zeros_like(states), torch.zeros_like(items), torch.zeros_like(bias)
-        chunk = CHUNK or max(64, 2 ** (26 if states.is_cuda else 21) // len(items))
-        with torch.autocast(states.device.type, enabled=False):
-            for first in range(0, len(states), chunk):
-                rows = slice(first, first + chunk)
-                logits = torch.addmm(bias, states[rows], items.T)                  # (chunk, N+1)
-                logits[:, 0] = -torch.inf                                          # padding is no item
-                logits = logits.log_softmax(1)
-                answer = target[rows, None].clamp(min=1)
-                loss -= (logits.gather(1, answer)[:, 0] * weight[rows]).sum()
-                slope = logits.exp_().scatter_add_(1, answer, logits.new_full(answer.shape, -1.))
-                slope *= weight[rows, None]                                        # d loss / d logits
-                d_states[rows] = slope @ items
-                d_items += slope.T @ states[rows]
-                d_bias += slope.sum(0)
-        ctx.save_for_backward(d_states, d_items, d_bias)
-        return loss
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, slope):
-        return *(d * slope for d in ctx.saved_tensors), None
-
+# ---------------- Gaussians and their distance, eq. (11)
 
 def wide(x):
-    """At least float32: what autocast has made bfloat16 is too coarse for a covariance or a distance."""
+    """At least float32: bfloat16, which autocast makes, is too coarse for a covariance or distance."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def positive(x):
-    """ELU(x) + 1, a covariance. In float32 that is exactly 0 below about -17, where a root has no slope: so + 1e-6."""
+    """ELU(x) + 1, a covariance.
+
+    In float32 that is exactly 0 below about -17, where a root has no slope: so + 1e-6.
+    """
     return F.elu(wide(x)) + (1 + 1e-6)
 
 
 def point(mu, sigma):
-    """[mu, sqrt(sigma)]: (..., d) twice -> (..., 2d). The Euclidean distance of points is W2 of the Gaussians.
+    """[mu, sqrt(sigma)]: (..., d) twice -> (..., 2d). W2 of Gaussians is the distance of such points.
 
     The - 1 moves all points alike, which changes no distance and keeps the numbers small.
     """
@@ -139,74 +209,17 @@ def point(mu, sigma):
 
 
 def wasserstein(a, b):
-    """W2^2 of each Gaussian in a with each in b: points (..., Q, 2d) and (..., K, 2d) -> (..., Q, K). Eq. (11)."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a.square().sum(-1)[..., None] + b.square().sum(-1)[..., None, :] - 2 * (a @ b.mT)
+    """W2^2 = |mu_a - mu_b|^2 + |sqrt(Sigma_a) - sqrt(Sigma_b)|^2, eq. (11), as |a|^2 + |b|^2 - 2 a.b
 
-
-def distance_loss(states, items, log_scale, target):
-    """Cross entropy of -W2^2 * exp(log_scale): points (R, 2d) of users, (N+1, 2d) of items. Eqs. (16), (17).
-
-    A user's own |state|^2 is the same for every item and falls out of the softmax: what is left is a product and a bias.
+    of the Gaussians' points: (..., Q, 2d) and (..., K, 2d) -> (..., Q, K), each with each.
     """
-    scale = log_scale.exp()
-    return SoftmaxLoss.apply(2 * scale * states, items, -scale * items.square().sum(-1), target)
+    with torch.autocast(a.device.type, enabled=False):
+        a_squared = a.square().sum(-1)[..., None]           # (..., Q, 1)
+        b_squared = b.square().sum(-1)[..., None, :]        # (..., 1, K)
+        return a_squared + b_squared - 2 * (a @ b.mT)
 
 
-def standardised(x, has):
-    """(N+1, D) -> the same, per dimension mean 0 and deviation 1 over the items that have it, rows of length about 1."""
-    count = has.sum().clamp(min=1)
-    x = (x - (x * has[:, None]).sum(0) / count) * has[:, None]
-    return x / (x.square().sum(0) / count).sqrt().clamp(min=1e-4) / math.sqrt(x.shape[1])
-
-
-class Fusion(nn.Module):
-    """Text and image features (N+1, d_T), (N+1, d_I) -> m_Agg (N+1, d), eqs. (1) to (4)."""
-
-    def __init__(self, cfg, catalog):
-        super().__init__()
-        text, image = (F.normalize(catalog[m].to(torch.get_default_dtype()), dim=-1) for m in ("text", "image"))
-        has_text, has_image = catalog["has_text"].bool(), catalog["has_image"].bool()
-        self.width = text.shape[1]
-        width = {"text": self.width, "image": image.shape[1], "fused": self.width + image.shape[1]}
-        both = has_text & has_image if cfg.use_fusion else has_text | has_image
-        has = {"text": has_text, "image": has_image, "fused": both}
-        several = ("text", "image", "fused") if cfg.use_fusion else ("fused",)
-        self.channels = several if cfg.modality == "both" else (cfg.modality,)
-        buffer = lambda name, value: self.register_buffer(name, value, persistent=False)
-        f_M = torch.cat([standardised(text, has_text), standardised(image, has_image)], 1)
-        buffer("f_M", f_M)                                                         # eq. (1): f_T is its left part
-        buffer("has", torch.stack([has[c] for c in self.channels], 1)[..., None])  # (N+1, channels, 1)
-        buffer("similarity", (text * image).sum(1) if text.shape == image.shape else None)    # eq. (2), S5: (N+1,)
-        self.P = nn.ModuleDict({c: nn.Sequential(
-            nn.Linear(width[c], 2 * cfg.dim), nn.LayerNorm(2 * cfg.dim), nn.ReLU(), nn.Dropout(cfg.dropout),
-            nn.Linear(2 * cfg.dim, cfg.dim), nn.LayerNorm(cfg.dim)) for c in self.channels})   # S3
-        if len(self.channels) == 3:
-            self.M = nn.Linear(1, 1)                                               # w and b of S4
-            self.attention = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3))
-
-    def forward(self):
-        f = {"text": self.f_M[:, :self.width], "image": self.f_M[:, self.width:], "fused": self.f_M}
-        m = {c: self.P[c](f[c]) for c in self.channels}                            # eq. (3): (N+1, d) each
-        if len(m) == 1:                                                            # w/o MF, or one modality
-            return m[self.channels[0]] * self.has[:, 0]
-        similarity = F.cosine_similarity(m["text"], m["image"], -1) if self.similarity is None else self.similarity
-        m["fused"] = self.M(similarity[:, None]).sigmoid() * m["fused"]            # eq. (3): M is (N+1, 1)
-        m = torch.stack([m[c] for c in self.channels], 1) * self.has               # (N+1, 3, d)
-        att = (self.attention(m.mean(-1)) + self.attention(m.amax(-1))).sigmoid()  # (N+1, 3)
-        return (att[..., None] * m).sum(1)                                         # eq. (4)
-
-
-def statistics(lang, train_seqs):
-    """What eq. (8) knows of an item besides its language: (N+1,) int and lists of ids -> (N+1, 2), standardised (S11)."""
-    flat = torch.tensor([i for seq in train_seqs for i in seq], dtype=torch.long)
-    count = torch.bincount(flat, minlength=len(lang)).double()                     # sales in the training part
-    items, total = (torch.bincount(lang[1:], w, minlength=int(lang.max()) + 1) for w in (None, count[1:]))
-    stats = torch.stack([count, (total / items.clamp(min=1))[lang]], 1).log1p()
-    stats = (stats - stats[1:].mean(0)) / stats[1:].std(0, correction=0).clamp(min=1e-6)
-    stats[0] = 0
-    return stats.to(torch.get_default_dtype()), count > 0
-
+# ---------------- attention over Gaussians, eqs. (10) to (15)
 
 class Stream(nn.Module):
     """The weights of one stream, mean or covariance, in one layer."""
@@ -214,17 +227,26 @@ class Stream(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.heads
-        self.qkv = nn.Linear(cfg.dim, 3 * cfg.dim, bias=False)                     # W_Q, W_K, W_V
-        self.out = nn.Linear(cfg.dim, cfg.dim)                                     # joins the heads, S23
-        self.norm, self.dropout = nn.LayerNorm(cfg.dim), nn.Dropout(cfg.dropout)
-        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.dim), nn.ELU(), nn.Linear(cfg.dim, cfg.dim))   # eq. (14)
+        self.qkv = nn.Linear(cfg.dim, 3 * cfg.dim, bias=False)    # W_Q, W_K, W_V
+        self.out = nn.Linear(cfg.dim, cfg.dim)                    # joins the heads: reading 13
+        self.norm = nn.LayerNorm(cfg.dim)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.ffn = nn.Sequential(                                 # eq. (14)
+            nn.Linear(cfg.dim, cfg.dim), nn.ELU(), nn.Linear(cfg.dim, cfg.dim)
+        )
 
-    def project(self, x):                                        # (B, L, d) -> three of (B, heads, L, d / heads)
-        return (wide(t.unflatten(-1, (self.heads, -1)).transpose(1, 2)) for t in self.qkv(x).chunk(3, -1))
+    def project(self, x):
+        """x (B, L, d) -> q, k, v, (B, heads, L, d / heads) each."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.split(q), self.split(k), self.split(v)
 
-    def finish(self, x, z):                                      # z (B, heads, L, d / heads), x and the result (B, L, d)
-        z = x + self.dropout(self.out(z.transpose(1, 2).flatten(2)))               # S24
-        return z + self.dropout(self.ffn(self.norm(z)))                            # eq. (15)
+    def split(self, x):
+        return wide(x.unflatten(-1, (self.heads, -1)).transpose(1, 2))
+
+    def finish(self, x, z):
+        """x + z + FFN(LayerNorm(x + z)), eqs. (14), (15): z (B, heads, L, d / heads), x (B, L, d)."""
+        z = x + self.dropout(self.out(z.transpose(1, 2).flatten(2)))
+        return z + self.dropout(self.ffn(self.norm(z)))
 
 
 class Layer(nn.Module):
@@ -232,49 +254,68 @@ class Layer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.mean, self.covariance = Stream(cfg), Stream(cfg) if cfg.use_gaussian else None
+        self.mean = Stream(cfg)
+        self.covariance = Stream(cfg) if cfg.use_gaussian else None
 
-    def attend(self, mu, sigma, mask):                           # (B, L, d) twice; mask (B, 1, L, L) True = may look
-        mu_q, mu_k, mu_v = self.mean.project(mu)                                   # (B, heads, L, d / heads)
+    def attend(self, mu, sigma, mask):
+        """A = softmax(-W2^2(q_t, k) / sqrt(d / heads)), z^mu = A V^mu, z^Sigma = A^2 V^Sigma.
+
+        mu, sigma (B, L, d), sigma None for w/o PM; mask (B, 1, L, L) True = may look
+        -> A (B, heads, L, L), z^mu and z^Sigma (B, heads, L, d / heads). Eqs. (11) to (13).
+        """
+        mu_q, mu_k, mu_v = self.mean.project(mu)
         if sigma is None:
-            a = wide(mu_q @ mu_k.mT)                                               # eq. (10), w/o PM
+            likeness = wide(mu_q @ mu_k.mT)                                # eq. (10)
         else:
-            sigma_q, sigma_k, sigma_v = map(positive, self.covariance.project(sigma))
-            a = -wasserstein(point(mu_q, sigma_q), point(mu_k, sigma_k))           # eq. (11): (B, heads, L, L)
-        a = (a / math.sqrt(mu_q.shape[-1])).masked_fill(~mask, -torch.inf).softmax(-1)        # eq. (12)
-        with torch.autocast(a.device.type, enabled=False):
-            return a, a @ mu_v, None if sigma is None else a.square() @ sigma_v    # eq. (13)
+            sigma_q, sigma_k, sigma_v = self.covariance.project(sigma)
+            q = point(mu_q, positive(sigma_q))
+            k = point(mu_k, positive(sigma_k))
+            likeness = -wasserstein(q, k)                                  # eq. (11)
+        scaled = likeness / math.sqrt(mu_q.shape[-1])                      # reading 11
+        A = scaled.masked_fill(~mask, -torch.inf).softmax(-1)              # eq. (12)
+        with torch.autocast(A.device.type, enabled=False):
+            z_mu = A @ mu_v                                                # eq. (13)
+            z_sigma = None if sigma is None else A.square() @ positive(sigma_v)
+        return A, z_mu, z_sigma
 
     def forward(self, mu, sigma, mask):
         _, z_mu, z_sigma = self.attend(mu, sigma, mask)
         mu = self.mean.finish(mu, z_mu)
-        return mu, None if sigma is None else positive(self.covariance.finish(sigma, z_sigma))         # eq. (15)
+        if sigma is not None:
+            sigma = positive(self.covariance.finish(sigma, z_sigma))       # eq. (15)
+        return mu, sigma
 
+
+# ---------------- the model
 
 class SRMML(nn.Module):
+    """Items and users as Gaussians; the next item is the one nearest to the user."""
+
     def __init__(self, cfg, catalog):
         super().__init__()
-        if cfg.dim % cfg.heads:
-            raise ValueError(f"dim {cfg.dim} must be a multiple of heads {cfg.heads}")
-        if cfg.temperature < 0 or cfg.gate_scale <= 0 or int(catalog["lang"].max()) > cfg.languages:
-            raise ValueError("temperature must be at least 0, gate_scale above 0, languages at least as many as there are")
-        self.cfg, N, d = cfg, catalog["n_items"], cfg.dim
+        check_catalog(catalog)
+        n_lang = int(catalog["lang"].max())
+        check(n_lang <= cfg.languages, f"languages {cfg.languages} is less than the data's {n_lang}")
+        self.cfg = cfg
+        N, d = catalog["n_items"], cfg.dim
         streams = ("mu", "sigma") if cfg.use_gaussian else ("mu",)
         self.fusion = Fusion(cfg, catalog)
-        self.item = nn.ModuleDict({s: nn.Embedding(N + 1, d) for s in streams})                       # e^mu, e^Sigma
-        self.content = nn.ModuleDict({s: nn.Linear(d, d, bias=False) for s in streams})               # W of S8
-        self.position = nn.ParameterDict({s: torch.empty(cfg.max_len, d) for s in streams})           # P^mu, P^Sigma
+        self.item = nn.ModuleDict({s: nn.Embedding(N + 1, d) for s in streams})          # e
+        self.content = nn.ModuleDict({s: nn.Linear(d, d, bias=False) for s in streams})  # W
+        self.position = nn.ParameterDict({s: torch.empty(cfg.max_len, d) for s in streams})
         self.norm = nn.ModuleDict({s: nn.LayerNorm(d) for s in streams})
         self.dropout = nn.Dropout(cfg.dropout)
         stats, seen = statistics(catalog["lang"], catalog["train_seqs"])
-        self.register_buffer("seen", seen[:, None], persistent=False)              # (N+1, 1), False for padding
+        self.register_buffer("seen", seen[:, None], persistent=False)         # (N+1, 1)
         if cfg.use_gate:
-            self.register_buffer("stats", stats, persistent=False)                 # (N+1, 2)
-            self.register_buffer("lang", catalog["lang"], persistent=False)        # (N+1,)
-            self.language = nn.Embedding(cfg.languages + 1, d)                     # row 0 is padding's
-            self.gate = nn.Sequential(nn.Linear(2 * d + 2, d), nn.ReLU(), nn.Linear(d, d), nn.Sigmoid())
+            self.register_buffer("stats", stats, persistent=False)            # (N+1, 2)
+            self.register_buffer("lang", catalog["lang"], persistent=False)   # (N+1,)
+            self.language = nn.Embedding(cfg.languages + 1, d)                # row 0 is padding's
+            self.gate = nn.Sequential(
+                nn.Linear(2 * d + 2, d), nn.ReLU(), nn.Linear(d, d), nn.Sigmoid()
+            )
         self.blocks = nn.ModuleList(Layer(cfg) for _ in range(cfg.layers))
-        log_scale = torch.tensor(-math.log(cfg.temperature or math.sqrt(d)))
+        log_scale = torch.tensor(-math.log(cfg.temperature or math.sqrt(d)))  # reading 15
         if cfg.learn_temperature:
             self.log_scale = nn.Parameter(log_scale)
         else:
@@ -284,67 +325,194 @@ class SRMML(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def encode_items(self):
-        """All items once: {"mu": M^mu, "sigma": M^Sigma, "gate": G} (N+1, d) and "point": where candidates are (N+1, 2d)."""
-        m_agg = self.fusion()                                                      # (N+1, d)
-        table = {s: self.item[s].weight * self.seen + self.content[s](m_agg) for s in self.item}   # S8
-        gate = torch.ones_like(table["mu"])
-        if self.cfg.use_gate:
-            y = torch.cat([self.language(self.lang), self.stats, table["mu"].detach()], -1)        # (N+1, 2d + 2)
-            gate = self.cfg.gate_scale * self.gate(y)                              # eqs. (6), (7), (8): (N+1, d)
-        place = wide(gate * table["mu"])
+        """All items once: {"mu": M^mu, "sigma": M^Sigma, "gate": G}, (N+1, d) each, and "point":
+        where the candidates are, (N+1, 2d)."""
+        m_agg = self.fusion()                                                 # (N+1, d)
+        table = {}
+        for s in self.item:                                                   # reading 6
+            table[s] = self.item[s].weight * self.seen + self.content[s](m_agg)
+        table["gate"] = self.gate_of(table["mu"])
+        place = wide(table["gate"] * table["mu"])                             # reading 16
         if self.cfg.use_gaussian:
-            place = point(place, positive(gate * table["sigma"]))                  # S28: (N+1, 2d)
-        return table | {"gate": gate, "point": place}
+            place = point(place, positive(table["gate"] * table["sigma"]))    # (N+1, 2d)
+        table["point"] = place
+        return table
+
+    def gate_of(self, mu):
+        """G = lambda sigmoid(W_2 relu(W_1 y)), y = [language, statistics, M^mu], eqs. (6) to (8).
+
+        mu (N+1, d) -> (N+1, d)
+        """
+        if not self.cfg.use_gate:
+            return torch.ones_like(mu)
+        y = torch.cat([self.language(self.lang), self.stats, mu.detach()], -1)    # (N+1, 2d + 2)
+        return self.cfg.gate_scale * self.gate(y)
 
     def states(self, seq, table):
         """Points of the users' Gaussians at every position: (B, L) -> (B, L, 2d), w/o PM (B, L, d)."""
         L = seq.shape[1]
-        gate = F.embedding(seq, table["gate"])                                     # (B, L, d)
-        E = {s: self.norm[s](F.embedding(seq, table[s]) + self.position[s][-L:]) for s in self.item}   # eq. (5): (B, L, d)
-        E = {s: gate * self.dropout(x) for s, x in E.items()}                      # eq. (9)
-        real = (seq != 0)[:, None, None, :]                                        # (B, 1, 1, L)
+        gate = F.embedding(seq, table["gate"])                                # (B, L, d)
+        E = {}
+        for s in self.item:
+            x = F.embedding(seq, table[s]) + self.position[s][-L:]            # M + P
+            E[s] = self.norm[s](x)                                            # eq. (5): (B, L, d)
+        for s in self.item:
+            E[s] = gate * self.dropout(E[s])                                  # eq. (9)
+        real = (seq != 0)[:, None, None, :]                                   # (B, 1, 1, L)
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
-        itself = torch.eye(L, dtype=torch.bool, device=seq.device)                 # a padded row must see something
-        mask = causal & real | itself                                              # (B, 1, L, L)
+        itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # padding must see something
+        mask = causal & real | itself                                         # (B, 1, L, L)
         mu, sigma = E["mu"], E.get("sigma")
         for block in self.blocks:
             mu, sigma = block(mu, sigma, mask)
         return wide(mu) if sigma is None else point(mu, sigma)
 
     def forward(self, batch):
-        table, target = self.encode_items(), batch["target"]
-        states = self.states(batch["seq"], table)                                  # (B, L, 2d)
-        if self.cfg.prefixes:                                                      # one target a row, the last
+        """{"next_item": loss} of a batch: "seq" and "target" (B, L), 0 = padding or no target."""
+        table = self.encode_items()
+        seq = batch["seq"][:, -self.cfg.max_len:]
+        target = batch["target"][:, -seq.shape[1]:]
+        states = self.states(seq, table)                                      # (B, L, 2d)
+        if self.cfg.prefixes:    # one target a row, the last
             states, target = states[:, -1:], target[:, -1:]
-        states, target = states.flatten(0, 1), target.flatten()                    # (B L, 2d), (B L,)
-        if not target.is_cuda:                      # choosing rows would wait for a GPU; trimmed batches are nearly full
-            states, target = states[target != 0], target[target != 0]
+        states, target = states.flatten(0, 1), target.flatten()               # (B L, 2d), (B L,)
         if self.cfg.use_gaussian:
-            return {"next_item": distance_loss(states, table["point"], self.log_scale, target)}
-        bias = table["point"].new_zeros(len(table["point"]), dtype=states.dtype)
-        return {"next_item": SoftmaxLoss.apply(self.log_scale.exp() * states, table["point"], bias, target)}
+            loss = distance_loss(states, table["point"], self.log_scale, target)
+        else:
+            loss = product_loss(states, table["point"], self.log_scale, target)
+        return {"next_item": loss}
 
     def score(self, batch, table):
-        state = self.states(batch["seq"], table)[:, -1]                            # (B, 2d)
+        """-W2^2 of the user's Gaussian and each item's, eq. (16): scores (B, N+1)."""
+        seq = batch["seq"][:, -self.cfg.max_len:]
+        state = self.states(seq, table)[:, -1]                                # (B, 2d)
         if self.cfg.use_gaussian:
-            return -wasserstein(state, table["point"])                             # eq. (16): (B, N+1)
+            return -wasserstein(state, table["point"])                        # eq. (16)
         return state @ table["point"].T
+
+
+def distance_loss(states, items, log_scale, target):
+    """Cross entropy of -W2^2 * exp(log_scale), eqs. (16), (17): points (R, 2d) of users, (N+1, 2d)
+    of items.
+
+    -scale |s - j|^2 = 2 scale s.j - scale |j|^2 - scale |s|^2; the last term is the same for every
+    item and falls out of the softmax. What is left is one product, with the second term as one
+    more column.
+    """
+    scale = log_scale.exp()
+    ones = states.new_ones(len(states), 1)
+    bias = -scale * items.square().sum(-1, keepdim=True)                      # (N+1, 1)
+    with torch.autocast(states.device.type, enabled=False):    # small differences of large numbers
+        return softmax_loss(
+            torch.cat([2 * scale * states, ones], 1), torch.cat([items, bias], 1), target
+        )
+
+
+def product_loss(states, items, log_scale, target):
+    """The same for w/o PM: cross entropy of s.j * exp(log_scale), vectors (R, d) and (N+1, d)."""
+    with torch.autocast(states.device.type, enabled=False):
+        return softmax_loss(log_scale.exp() * states, items, target)
 
 
 Model, Config = SRMML, SRMMLConfig
 
 
-if __name__ == "__main__":
+# ---------------- helpers, not the paper's: the same text in every model file
+
+class SoftmaxLoss(torch.autograd.Function):
+    """Cross entropy of states (R, D) over items 1..N of a table (N+1, D), summed over the rows.
+
+    A row with target 0 counts nothing. Works through the rows in chunks and makes the gradient on
+    the way, so the (R, N+1) logits never exist as a whole.
+    """
+
+    @staticmethod
+    def forward(ctx, states, items, target):
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        loss = torch.zeros((), device=states.device, dtype=dtype)
+        d_states = torch.zeros_like(states)
+        d_items = torch.zeros_like(items)
+        chunk = max(64, 2 ** (26 if states.is_cuda else 21) // len(items))
+        for first in range(0, len(states), chunk):
+            rows = slice(first, first + chunk)
+            real = target[rows, None] != 0                          # (chunk, 1)
+            answer = target[rows, None].clamp(min=1)
+            logits = (states[rows] @ items.T).to(dtype)             # (chunk, N+1)
+            logits[:, 0] = -torch.inf                               # padding is no item
+            log_p = logits.log_softmax(1)
+            loss -= (log_p.gather(1, answer) * real).sum()
+            # d loss / d logits: p - 1 at the answer, p elsewhere
+            minus_one = -torch.ones_like(answer, dtype=dtype)
+            slope = log_p.exp_().scatter_add_(1, answer, minus_one)
+            slope = (slope * real).to(states.dtype)
+            d_states[rows] = slope @ items
+            d_items += slope.T @ states[rows]
+        ctx.save_for_backward(d_states, d_items)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        d_states, d_items = ctx.saved_tensors
+        return d_states * slope, d_items * slope, None
+
+
+def softmax_loss(states, items, target):
+    """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
+    if not target.is_cuda:    # a GPU would have to wait while they are counted
+        states, target = states[target != 0], target[target != 0]
+    return SoftmaxLoss.apply(states, items, target) / (target != 0).sum().clamp(min=1)
+
+
+def check(condition, message):
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_recipe(cfg):
+    """Raises ValueError for a setting that makes no sense, of those that model files share."""
+    for name in ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience"):
+        value = getattr(cfg, name)
+        check(value >= 1, f"{name} {value} is too small: it must be at least 1")
+    check(cfg.dim % cfg.heads == 0, f"dim {cfg.dim} must be a multiple of heads {cfg.heads}")
+    check(0 <= cfg.dropout < 1, f"dropout {cfg.dropout} must be from 0 to below 1")
+    check(0 < cfg.lr < math.inf, f"lr {cfg.lr} must be above 0")
+    check(0 <= cfg.weight_decay < math.inf, f"weight_decay {cfg.weight_decay} must not be negative")
+
+
+def check_catalog(catalog):
+    """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
+    missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
+    check(not missing, f"the catalog lacks {', '.join(missing)}")
+    for key, form in CATALOG.items():
+        value = catalog[key]
+        rows = catalog["n_items"] + 1 if "N+1" in form else None
+        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+
+
+if __name__ == "__main__":    # a check that this file works where it was copied to
     torch.manual_seed(0)
-    start, N, B, L = time.time(), 100, 8, 10
+    start = time.time()
+    N, B, L = 100, 8, 10
     seqs = [torch.randint(1, N + 1, (L + 1,)).tolist() for _ in range(50)]
-    has, lang = torch.arange(N + 1) > 0, torch.randint(1, 4, (N + 1,)) * (torch.arange(N + 1) > 0)
-    catalog = {"n_items": N, "train_seqs": seqs, "text": torch.randn(N + 1, 32), "image": torch.randn(N + 1, 32),
-               "has_text": has, "has_image": has, "lang": lang}
-    model, rows = SRMML(SRMMLConfig(), catalog), torch.tensor(seqs[:B])
+    has = torch.arange(N + 1) > 0
+    catalog = {
+        "n_items": N,
+        "text": torch.randn(N + 1, 32),
+        "image": torch.randn(N + 1, 32),
+        "has_text": has,
+        "has_image": has,
+        "lang": torch.randint(1, 4, (N + 1,)) * has,
+        "train_seqs": seqs,
+    }
+    model = SRMML(SRMMLConfig(), catalog)
+    rows = torch.tensor(seqs[:B])
     batch = {"user": torch.arange(B), "seq": rows[:, :-1], "target": rows[:, 1:]}
     losses = model(batch)
     sum(losses.values()).backward()
     scores = model.eval().score(batch, model.encode_items())
-    print({k: round(v.item(), 4) for k, v in losses.items()}, "scores", tuple(scores.shape), f"{time.time() - start:.2f} s")
     assert scores.shape == (B, N + 1) and scores.isfinite().all()
+    shown = {name: round(loss.item(), 4) for name, loss in losses.items()}
+    print(shown, "scores", tuple(scores.shape), f"{time.time() - start:.2f} s")

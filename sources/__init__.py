@@ -1,15 +1,21 @@
-"""Raw data -> `data/<name>/`. One file per place that data comes from; a new file here is on the command line at once.
+"""Raw data -> `data/<name>/`. One file per place that data comes from; a new one is on the command line at once.
 
-A source module has four functions (see folder.py for the shortest):
+A source is a module in this folder that has
 
-    knows(name) -> bool                  is this a data set that the source can fetch or make?
     recognises(folder) -> bool           does this folder hold the source's raw files?
-    fetch(name, raw, mirror) -> Path     bring a known data set into the folder `raw`; files already there are kept
-    read(folder, name) -> Raw            read the raw files (name is None for somebody's own folder)
+    read(folder, name) -> Raw            read them (name is None for somebody's own folder)
 
-and `NAMES`, the names for help texts. `BY = ("article", "product")`, where a source has it, says what an item can be,
-the default first; read then takes it as `by`. `pictures_in(folder) -> int`, where it has it, counts the pictures whose
-paths read finds by looking: when there are more than before, the folder is read again.
+and, only where they apply,
+
+    NAMES = ("hm",)                      data sets that it can fetch by name, for help texts
+    knows(name) -> bool                  further names, where NAMES cannot list them all
+    fetch(name, raw, mirror) -> Path     bring a named data set into the folder `raw`; files already
+                                         there are kept. Needed with NAMES or knows
+    BY = ("article", "product")          what an item can be, the default first; read takes it as `by`
+    pictures_in(folder) -> int           how many pictures lie there that read finds by looking: when
+                                         there are more than before, the folder is read again
+
+`Raw` and what helps to read tables are in common/tables.py. unisrec.py is a short example.
 """
 import importlib
 import json
@@ -17,174 +23,147 @@ import pkgutil
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .common import (Raw, UserError, alone_in, atomic, k_core, keys_sha256, read_json, set_aside, sha256, write_features,
-                     write_json)
+from common.features import write_features
+from common.files import (
+    UserError, alone_in, atomic, keys_sha256, read_json, set_aside, sha256, write_json,
+)
+from common.tables import Raw
 
-FORMAT = 3                               # of the processed folder; a folder of another format is made anew
+FORMAT = 3    # of the processed folder; a folder of another format is made anew
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 SOURCES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
-SOURCES = [m for m in SOURCES if hasattr(m, "recognises")]
-NAMES = [name for m in SOURCES for name in m.NAMES]
-BY = sorted({by for m in SOURCES for by in getattr(m, "BY", ())})
+SOURCES = [source for source in SOURCES if hasattr(source, "recognises")]
+NAMES = [name for source in SOURCES for name in getattr(source, "NAMES", ())]
+BY = sorted({by for source in SOURCES for by in getattr(source, "BY", ())})
 
+
+def knows(source, name) -> bool:
+    """Whether a source can fetch or make a data set of this name."""
+    if name in getattr(source, "NAMES", ()):
+        return True
+    return hasattr(source, "knows") and source.knows(name)
+
+
+# ------------------------------------------------------------------ prepare: what, from where, is it done
 
 def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
-    """A known data set's name, a folder of raw files or a processed folder -> the processed folder.
+    """A known name, a folder of raw files or a processed folder -> the processed folder.
 
-    Work that is already done is not done again: a folder's files are compared by size, time and SHA-256. What a
-    changed source or option replaces is renamed to `<name>~1`, never deleted.
+    Work that is done is not done again: a folder's files are compared by size, time and SHA-256, and
+    so is the code of the source. What a changed source or option replaces is renamed to `<name>~1`,
+    never deleted.
 
-    core: k of the iterative k-core on users and items; None = what the source's papers do (none for a folder).
-    mirror: base URL to download from instead of the built-in ones. by: what an item is, where the source has a choice.
-    Raises UserError.
+    core: k of the iterative k-core on users and items; None = what the source's papers do (none for a
+    folder). mirror: base URL to download from instead of the built-in ones. by: what an item is, where
+    the source has a choice. Raises UserError.
     """
-    root, folder = Path(root), Path(where)
+    folder = Path(where)
     if (folder / "source.json").is_file() and (folder / "sequences.npz").is_file():
-        about = read_json(folder / "source.json")
-        if about.get("format") != FORMAT or core not in (None, about["core"]) or by not in (None, about["by"]):
-            raise UserError(f"{folder} is a processed folder of another format or with another --core or --by: "
-                            f"give the raw data instead")
-        return folder
-    source = next((m for m in SOURCES if m.knows(str(where))), None)
-    name = str(where) if source else None
+        return processed(folder, core, by)
+    order = place_order(str(where), Path(root), core, by)
+    if what_changed(order) is None:
+        print(f"{order.out} is up to date, and is used as it was prepared", flush=True)
+        return order.out
+    order.out.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(order.out.parent):
+        changed = what_changed(order)
+        if changed is not None:    # else another process has made it meanwhile
+            carry_out(order, mirror, changed)
+    return order.out
+
+
+def processed(folder, core, by) -> Path:
+    """A processed folder, if it is what the options ask for."""
+    about = read_json(folder / "source.json")
+    fits = about.get("format") == FORMAT
+    fits = fits and core in (None, about["core"]) and by in (None, about["by"])
+    if not fits:
+        raise UserError(
+            f"{folder} is a processed folder of another format or with another --core or --by: "
+            f"give the raw data instead"
+        )
+    return folder
+
+
+@dataclass
+class Order:
+    """What is to be prepared."""
+    source: object     # the module
+    name: str          # of a known data set; None for somebody's folder
+    origin: str        # the name, or the folder's full path
+    base: str          # name of its folders, without what the options add
+    raw: Path          # where the raw files are, or will be
+    out: Path          # the processed folder
+    core: int
+    by: str
+
+    @property
+    def code(self) -> str:
+        """SHA-256 of the source's code."""
+        return sha256(self.source.__file__)
+
+    @property
+    def pictures(self) -> int:
+        return getattr(self.source, "pictures_in", no_pictures)(self.raw)
+
+
+def no_pictures(folder) -> int:
+    return 0
+
+
+def place_order(where, root, core, by) -> Order:
+    """Find the source of a name or a folder, and the folder that the result is to have."""
+    name = where
+    source = next((source for source in SOURCES if knows(source, where)), None)
     if source is None:
-        if not folder.is_dir():
-            raise UserError(f"--data {where} is neither a folder nor a known data set: "
-                            f"give a folder or one of {', '.join(NAMES)}")
-        source = next((m for m in SOURCES if m.recognises(folder)), None)
-        if source is None:
-            raise UserError(f"no source recognises the files in {folder}: for your own data put interactions.csv "
-                            f"(header user,item,time) and, if you have them, items.jsonl there")
+        name = None
+        source = source_of_folder(Path(where))
     kinds = getattr(source, "BY", ())
     if by not in (None, *kinds):
-        raise UserError(f"--by {by} means nothing for {where}: "
-                        + (f"give {' or '.join(kinds)}" if kinds else "leave it out"))
-    origin = name or str(folder.resolve())
-    suffix = (f"-{by}" if by in kinds[1:] else "") + (f"-core{core}" if core is not None else "")
-    base = _slug(name) if name else _folder_name(folder, root, suffix)
-    raw_folder, out = root / "raw" / base if name else folder, root / (base + suffix)
-    pictures_in = getattr(source, "pictures_in", lambda folder: 0)
-    fresh = lambda: _is_fresh(out, origin, None if name else raw_folder, pictures_in(raw_folder))
-    if fresh():
-        return out
-    root.mkdir(parents=True, exist_ok=True)
-    with alone_in(root):
-        if fresh():                      # another process made it meanwhile
-            return out
-        if name:
-            raw_folder = source.fetch(name, raw_folder, mirror)
-        print(f"preparing {out} from {raw_folder}", flush=True)
-        seen = pictures_in(raw_folder)   # before they are read: what comes meanwhile is noticed the next time
-        raw = source.read(raw_folder, name, **({"by": by or kinds[0]} if kinds else {}))
-        if core is not None:
-            raw.core = core
-        build(raw, out, {"format": FORMAT, "name": out.name, "from": origin,
-                         "source": source.__name__.rpartition(".")[2], "by": by or (kinds[0] if kinds else None),
-                         "pictures": f"../raw/{base}/pictures", "pictures_in": seen,
-                         "files": {p.name: _fingerprint(p) for p in _raw_files(raw_folder)}})
-    return out
+        advice = f"give {' or '.join(kinds)}" if kinds else "leave it out"
+        raise UserError(f"--by {by} means nothing for {where}: {advice}")
+    suffix = f"-{by}" if by in kinds[1:] else ""
+    suffix += f"-core{core}" if core is not None else ""
+    if name:
+        base, origin, raw = slug(name), name, root / "raw" / slug(name)
+    else:
+        raw = Path(where)
+        base, origin = folder_name(raw, root, suffix), str(raw.resolve())
+    by = by or (kinds[0] if kinds else None)
+    return Order(source, name, origin, base, raw, root / (base + suffix), core, by)
 
 
-def build(raw: Raw, out: Path, about: dict):
-    """Filter, number and write what a source read. about: the head of source.json.
-
-    Users and items are numbered in the order given by the source, else sorted by key, so that the result depends on
-    nothing but the data. A user's items are ordered by (time, line in the file). Raises UserError when nothing is left.
-    """
-    if not raw.users:
-        raise UserError(f"no interactions were found for {about['name']}: check the raw files named in its folder")
-    user_keys = raw.user_order or sorted(set(raw.users))
-    item_keys = raw.item_order or sorted(set(raw.items) | set(raw.catalog))
-    users, items = _codes(raw.users, user_keys), _codes(raw.items, item_keys)
-    times = np.asarray(raw.times)        # fractions of a second still order events
-    variants = _codes(raw.variants, sorted(set(raw.variants))) if raw.variants else items
-    steps = []
-
-    def count(step, keep=slice(None)):
-        nonlocal users, items, times, variants
-        users, items, times, variants = users[keep], items[keep], times[keep], variants[keep]
-        steps.append({"step": step, "users": len(np.unique(users)), "items": len(np.unique(items)),
-                      "interactions": len(users)})
-
-    count("read")
-    if raw.need_catalog:
-        count("items without metadata dropped", np.array([k in raw.catalog for k in item_keys])[items])
-    if raw.clock != "order":
-        count("exact duplicates dropped", _first(users, variants, times))
-    if raw.core > 1:
-        count(f"{raw.core}-core", k_core(users, items, raw.core))
-    if not len(users):
-        raise UserError(f"no interactions of {about['name']} are left after its filters "
-                        f"({', '.join(s['step'] for s in steps)}): ask for a smaller --core")
-    # an untouched folder keeps its whole catalog; after a filter only the items that still occur
-    kept_items = np.unique(items) if raw.core > 1 or raw.need_catalog else np.arange(len(item_keys))
-    kept_users = np.unique(users)
-    users, items = np.searchsorted(kept_users, users), np.searchsorted(kept_items, items)
-    order = np.lexsort((np.arange(len(users)), times, users))
-    keys = [item_keys[i] for i in kept_items]
-    sequences = {"items": (items[order] + 1).astype(np.int32), "times": np.floor(times[order]).astype(np.int64),
-                 "offsets": np.searchsorted(users[order], np.arange(len(kept_users) + 1))}
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        with atomic(tmp / "items.jsonl") as f:
-            for key in keys:
-                item = raw.catalog.get(key, {})
-                f.write(json.dumps({"key": key, "title": item.get("title", ""), "text": item.get("text", []),
-                                    "language": item.get("language", ""), "images": item.get("images", [])},
-                                   ensure_ascii=False) + "\n")
-        with atomic(tmp / "sequences.npz", "wb") as f:
-            np.savez(f, **sequences)
-        with atomic(tmp / "users.txt") as f:
-            f.writelines(f"{user_keys[u]}\n" for u in kept_users)
-        for stem, arrays in raw.extra.items() if raw.core <= 1 else ():          # they know the items by their numbers
-            with atomic(tmp / f"{stem}.npz", "wb") as f:
-                np.savez(f, **arrays)
-        for modality, (encoder, rows) in raw.features.items():
-            rows = rows[kept_items]
-            write_features(tmp, modality, encoder, rows, np.arange(1, len(rows) + 1)[:, None], keys,
-                           {"weights": "given with the data"})
-        write_json(tmp / "source.json", about | {
-            "clock": raw.clock, "image_root": raw.image_root,
-            "picture_hosts": raw.picture_hosts, "core": raw.core, "items_sha256": keys_sha256(keys),
-            "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]), "report": raw.report,
-            "features": {modality: encoder for modality, (encoder, _) in raw.features.items()}, "counts": steps,
-            "published": raw.published})
-        if out.exists():
-            print(f"the source of {out} has changed: the old folder is now {set_aside(out)}")
-        tmp.chmod(0o755)
-        tmp.rename(out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+def source_of_folder(folder):
+    """The source that recognises a folder's files. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(
+            f"--data {folder} is neither a folder nor a known data set: give a folder or one of "
+            f"{', '.join(NAMES)}"
+        )
+    for source in SOURCES:
+        if source.recognises(folder):
+            return source
+    raise UserError(
+        f"no source recognises the files in {folder}: for your own data put interactions.csv "
+        f"(header user,item,time) and, if you have them, items.jsonl there"
+    )
 
 
-def _codes(values, keys):
-    index = {k: i for i, k in enumerate(keys)}
-    return np.fromiter((index[v] for v in values), np.int64, len(values))
-
-
-def _first(*columns):
-    """Positions, ascending, of the first row of each distinct combination."""
-    order = np.lexsort((np.arange(len(columns[0])), *columns))
-    new = np.ones(len(order), bool)
-    new[1:] = np.any([c[order][1:] != c[order][:-1] for c in columns], axis=0)
-    return np.sort(order[new])
-
-
-def _slug(name) -> str:
-    """A folder name of [a-z0-9_-] only: no separator, no dot, nothing that could leave the data folder."""
+def slug(name) -> str:
+    """A folder name of [a-z0-9_-] only: no separator, no dot, nothing that could leave the folder."""
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-") or "data"
 
 
-def _folder_name(folder, root, suffix) -> str:
-    """Name, up to the suffix, for somebody's folder: its own, made different from the known sets' and another folder's."""
+def folder_name(folder, root, suffix) -> str:
+    """A name, up to the suffix, for somebody's folder: its own, told apart from known sets' names
+    and from other folders of the same name."""
     resolved = folder.resolve()
-    name = _slug(resolved.name)
+    name = slug(resolved.name)
     if name in (*NAMES, "raw", "cache") or re.match(r"amazon20\d\d-", name):
         name += "-folder"
     taken = root / (name + suffix) / "source.json"
@@ -193,29 +172,259 @@ def _folder_name(folder, root, suffix) -> str:
     return name
 
 
-def _raw_files(folder):
-    """The raw files of a folder: its own files, without pictures, which may be a great many."""
-    return sorted(p for p in folder.iterdir()
-                  if p.is_file() and p.name[0] != "." and p.suffix.lower() not in PICTURES)
+def what_changed(order):
+    """Why a folder is to be prepared: a few words; None where it is up to date.
+
+    The files of a fetched data set do not change, but for its pictures.
+    """
+    if not (order.out / "source.json").is_file():
+        return "it was not prepared yet"
+    about = read_json(order.out / "source.json")
+    if (about.get("format"), about.get("from")) != (FORMAT, order.origin):
+        return "it was prepared from something else"
+    if about.get("code", order.code) != order.code:
+        return f"the code of sources/{Path(order.source.__file__).name} has changed"
+    if order.pictures > about.get("pictures_in", 0):
+        return "there are more pictures"
+    if order.name is None and not same_files(raw_files(order.raw), about.get("files", {})):
+        return "its raw files have changed"
+    return None
 
 
-def _fingerprint(path) -> dict:
+def raw_files(folder):
+    """The files of a folder, without pictures, which may be a great many."""
+    return sorted(
+        path for path in folder.iterdir()
+        if path.is_file() and path.name[0] != "." and path.suffix.lower() not in PICTURES
+    )
+
+
+def same_files(paths, known) -> bool:
+    """Whether files are those whose fingerprints are known. A new time alone is no change."""
+    if {path.name for path in paths} != known.keys():
+        return False
+    for path in paths:
+        stat, before = path.stat(), known[path.name]
+        if stat.st_size != before["bytes"]:
+            return False
+        if stat.st_mtime_ns != before["mtime_ns"] and sha256(path) != before["sha256"]:
+            return False
+    return True
+
+
+def fingerprint(path) -> dict:
     stat = path.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
 
 
-def _is_fresh(out, origin, folder, pictures) -> bool:
-    """Was `out` made from these files? Those of a fetched data set (folder None) do not change, but for its pictures."""
-    if not (out / "source.json").is_file():
-        return False
-    about = read_json(out / "source.json")
-    if (about.get("format"), about.get("from")) != (FORMAT, origin) or pictures > about.get("pictures_in", 0):
-        return False
-    if folder is None:
-        return True
-    files = {p.name: p for p in _raw_files(folder)}
-    known = about.get("files", {})
-    return files.keys() == known.keys() and all(
-        p.stat().st_size == known[n]["bytes"]
-        and (p.stat().st_mtime_ns == known[n]["mtime_ns"] or sha256(p) == known[n]["sha256"])
-        for n, p in files.items())
+def carry_out(order, mirror, reason):
+    """Fetch, read and build what is ordered. reason: why an older folder is replaced."""
+    raw_folder = order.raw
+    if order.name:
+        raw_folder = order.source.fetch(order.name, order.raw, mirror)
+    print(f"preparing {order.out} from {raw_folder}", flush=True)
+    pictures = order.pictures    # counted before they are read: what comes meanwhile is noticed later
+    choice = {"by": order.by} if order.by else {}
+    raw = order.source.read(raw_folder, order.name, **choice)
+    if order.core is not None:
+        raw.core = order.core
+    about = {
+        "format": FORMAT,
+        "name": order.out.name,
+        "from": order.origin,
+        "source": order.source.__name__.rpartition(".")[2],
+        "code": order.code,
+        "by": order.by,
+        "pictures": f"../raw/{order.base}/pictures",
+        "pictures_in": pictures,
+        "files": {path.name: fingerprint(path) for path in raw_files(raw_folder)},
+    }
+    build(raw, order.out, about, reason)
+
+
+# ------------------------------------------------------------------ build: filter, number, write
+
+class Columns:
+    """The interactions as parallel arrays of codes, and what each filter has left of them."""
+
+    def __init__(self, raw, user_keys, item_keys):
+        self.users = codes(raw.users, user_keys)
+        self.items = codes(raw.items, item_keys)
+        self.times = np.asarray(raw.times)    # fractions of a second still order events
+        self.variants = self.items
+        if raw.variants:
+            self.variants = codes(raw.variants, sorted(set(raw.variants)))
+        self.steps = []
+        self.count("read")
+
+    def keep(self, step, which):
+        """Keep some of the interactions (mask or positions), and count them under the step's name."""
+        self.users = self.users[which]
+        self.items = self.items[which]
+        self.times = self.times[which]
+        self.variants = self.variants[which]
+        self.count(step)
+
+    def count(self, step):
+        self.steps.append({
+            "step": step,
+            "users": len(np.unique(self.users)),
+            "items": len(np.unique(self.items)),
+            "interactions": len(self.users),
+        })
+
+
+def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
+    """Filter, number and write what a source read. about: the head of source.json.
+
+    Users and items are numbered in the order given by the source, else sorted by key, so that the
+    result depends on nothing but the data. A user's items are ordered by (time, line in the file).
+    Raises UserError when nothing is left.
+    """
+    if not raw.users:
+        raise UserError(
+            f"no interactions were found for {about['name']}: check the raw files in its folder"
+        )
+    user_keys = raw.user_order or sorted(set(raw.users))
+    item_keys = raw.item_order or sorted(set(raw.items) | set(raw.catalog))
+    columns = Columns(raw, user_keys, item_keys)
+    apply_filters(raw, columns, item_keys, about["name"])
+
+    # an untouched folder keeps its whole catalog; after a filter only the items that still occur
+    filtered = raw.core > 1 or raw.need_catalog
+    kept_items = np.unique(columns.items) if filtered else np.arange(len(item_keys))
+    kept_users = np.unique(columns.users)
+    keys = [item_keys[i] for i in kept_items]
+    sequences = sequences_of(columns, kept_users, kept_items)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        write_items(made, keys, raw.catalog)
+        write_arrays(made / "sequences.npz", sequences)
+        with atomic(made / "users.txt") as file:
+            file.writelines(f"{user_keys[user]}\n" for user in kept_users)
+        if raw.core <= 1:    # the extra arrays know the items by their numbers
+            for stem, arrays in raw.extra.items():
+                write_arrays(made / f"{stem}.npz", arrays)
+        for modality, (encoder, rows) in raw.features.items():
+            rows = rows[kept_items]
+            index = np.arange(1, len(rows) + 1)[:, None]
+            origin = {"weights": "given with the data"}
+            write_features(made, modality, encoder, rows, index, keys, origin)
+        write_json(made / "source.json", about | {
+            "clock": raw.clock,
+            "image_root": raw.image_root,
+            "picture_hosts": raw.picture_hosts,
+            "core": raw.core,
+            "items_sha256": keys_sha256(keys),
+            "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]),
+            "report": raw.report,
+            "features": {modality: encoder for modality, (encoder, _) in raw.features.items()},
+            "counts": columns.steps,
+            "published": raw.published,
+        })
+        take_place(made, out, reason)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def apply_filters(raw, columns, item_keys, name):
+    """Drop what the source wants dropped. Raises UserError when nothing is left."""
+    if raw.need_catalog:
+        described = np.array([key in raw.catalog for key in item_keys])
+        columns.keep("items without metadata dropped", described[columns.items])
+    if raw.clock != "order":
+        first = first_of_each(columns.users, columns.variants, columns.times)
+        columns.keep("exact duplicates dropped", first)
+    if raw.core > 1:
+        columns.keep(f"{raw.core}-core", k_core(columns.users, columns.items, raw.core))
+    if not len(columns.users):
+        steps = ", ".join(step["step"] for step in columns.steps)
+        raise UserError(
+            f"no interactions of {name} are left after its filters ({steps}): ask for a smaller --core"
+        )
+
+
+def sequences_of(columns, kept_users, kept_items) -> dict:
+    """{"items": ids 1..N of all users, one user after the other, "times", "offsets": where each begins}"""
+    users = np.searchsorted(kept_users, columns.users)
+    items = np.searchsorted(kept_items, columns.items)
+    order = np.lexsort((np.arange(len(users)), columns.times, users))
+    return {
+        "items": (items[order] + 1).astype(np.int32),
+        "times": np.floor(columns.times[order]).astype(np.int64),
+        "offsets": np.searchsorted(users[order], np.arange(len(kept_users) + 1)),
+    }
+
+
+def write_items(folder, keys, catalog):
+    with atomic(folder / "items.jsonl") as file:
+        for key in keys:
+            item = catalog.get(key, {})
+            row = {
+                "key": key,
+                "title": item.get("title", ""),
+                "text": item.get("text", []),
+                "language": item.get("language", ""),
+                "images": item.get("images", []),
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_arrays(path, arrays):
+    with atomic(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def take_place(made, out, reason):
+    """Put a folder that is ready in its place. An older one is kept aside, but for its features,
+    which stay where they are used if the items are the same."""
+    aside = set_aside(out) if out.exists() else None
+    made.chmod(0o755)
+    made.rename(out)
+    if aside is None:
+        return
+    print(f"{out}: {reason}; the old folder is now {aside}", flush=True)
+    if (aside / "source.json").is_file():
+        before, now = (read_json(folder / "source.json") for folder in (aside, out))
+        if before.get("items_sha256") == now["items_sha256"]:
+            move_features(aside / "features", out / "features")
+
+
+def move_features(old, new):
+    """Move the feature files that the new folder does not have."""
+    for path in sorted(old.glob("*")):
+        if not (new / path.name).exists():
+            new.mkdir(exist_ok=True)
+            path.rename(new / path.name)
+
+
+def codes(values, keys):
+    """The place of each value among the keys: (n,) int64."""
+    place = {key: i for i, key in enumerate(keys)}
+    return np.fromiter((place[value] for value in values), np.int64, len(values))
+
+
+def first_of_each(*columns):
+    """Positions, ascending, of the first row of each distinct combination."""
+    order = np.lexsort((np.arange(len(columns[0])), *columns))
+    new = np.ones(len(order), bool)
+    new[1:] = np.any([c[order][1:] != c[order][:-1] for c in columns], axis=0)
+    return np.sort(order[new])
+
+
+def k_core(users, items, k):
+    """Which interactions are left when users and items with fewer than k are dropped until none is.
+
+    users, items: int arrays (n,) -> bool (n,)
+    """
+    keep = np.ones(len(users), bool)
+    while k > 1:
+        few_users = np.bincount(users[keep], minlength=users.max(initial=0) + 1) < k
+        few_items = np.bincount(items[keep], minlength=items.max(initial=0) + 1) < k
+        drop = keep & (few_users[users] | few_items[items])
+        if not drop.any():
+            break
+        keep &= ~drop
+    return keep

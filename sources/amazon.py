@@ -5,30 +5,29 @@
 2018    the same names                         asin, title, description, category, brand, imageURL, imageURLHighRes
 2023    user_id, parent_asin, timestamp (ms)   parent_asin, title, description, categories, store, images
 
-Reviews of 2014 and 2018 are dated to the day. `<Category>_5` holds the reviews of persons and products with five.
-Sources: https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html (2014),
+Reviews of 2014 and 2018 are dated to the day. `<Category>_5` holds the reviews of persons and products with
+five. Sources: https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html (2014),
 https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ (2018), https://amazon-reviews-2023.github.io (2023).
 """
 import ast
-import gzip
 import json
 import re
-import zlib
-from collections import Counter
 from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
 
-from .common import Raw, UserError, clean_text, line_counts, sentences
-from .download import download
+from common.files import UserError
+from common.tables import Defect, Raw, clean_text, each_object, sentences, text_lines
+from common.web import download
 
 MAX_IMAGES = 10
-HOSTS = ("images-amazon.com", "ssl-images-amazon.com", "media-amazon.com")     # of pictures, with their subdomains
-MAX_LINE = 1 << 22                       # bytes; a longer line is read in pieces, so that no line fills the memory
-YEAR_1995, YEAR_2100 = 788_918_400, 4_102_444_800      # seconds; the first review is from 1995
+HOSTS = ("images-amazon.com", "ssl-images-amazon.com", "media-amazon.com")    # of pictures
+YEAR_1995 = 788_918_400    # in seconds; the first review is from 1995
+YEAR_2100 = 4_102_444_800
 
-# edition: (path of the reviews, path of the metadata, ((base address, suffix of the files there), ...)), {} = category
+# edition: (path of the reviews, path of the metadata, ((base address, suffix of the files there), ...));
+# {} is the category
 EDITIONS = {
     "2014": ("reviews_{}_5.json", "meta_{}.json", (
         ("https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/", ".gz"),
@@ -56,10 +55,12 @@ SETS = {
 NAMES = tuple(SETS)
 ANY_CATEGORY = re.compile(r"amazon(2014|2018|2023):([A-Za-z0-9_]+)")
 FILE = re.compile(r"(?P<kind>meta_|reviews_)?(?P<category>[A-Za-z0-9_]+?)(_5)?\.jsonl?(\.gz)?")
-FIELDS = {"day": ("reviewerID", "asin", "unixReviewTime"),             # clock: (person, product, time)
-          "seconds": ("user_id", "parent_asin", "timestamp")}
+FIELDS = {    # clock: (person, product, time)
+    "day": ("reviewerID", "asin", "unixReviewTime"),
+    "seconds": ("user_id", "parent_asin", "timestamp"),
+}
 ITEM_KEY = re.compile(r"""["'](?:parent_)?asin["']\s*:\s*["']([^"'\\]+)["']""")
-THUMBNAIL = re.compile(r"\._[^/]*_(?=\.\w+$)")                         # ._SX38_SY50_CR,0,0,38,50_ before .jpg
+THUMBNAIL = re.compile(r"\._[^/]*_(?=\.\w+$)")    # ._SX38_SY50_CR,0,0,38,50_ before .jpg
 WEB_ADDRESS = re.compile(r"https?://[^\s<>\"]+")
 
 
@@ -69,255 +70,313 @@ def knows(name) -> bool:
 
 
 def recognises(folder) -> bool:
-    return folder.is_dir() and not (folder / "interactions.csv").exists() and bool(_categories(folder))
+    if not folder.is_dir() or (folder / "interactions.csv").exists():
+        return False
+    return len(categories_in(folder)) > 0
 
 
 def fetch(name, raw, mirror) -> Path:
-    """Bring a known set's reviews and metadata into the folder `raw`; files already there are used as they are.
+    """Bring a known set's reviews and metadata into the folder `raw`; files already there are kept.
 
     mirror: base address that replaces the built-in ones. Raises UserError when a file cannot be had.
     """
-    paths, bases = _paths_and_bases(name)
-    missing = [path for path in paths if not _placed(raw, path)]
+    paths, bases = paths_and_bases(name)
+    missing = [path for path in paths if not file_for(raw, path)]
     if missing:
-        print(f"{name} needs {' and '.join(f'{Path(path).name}.gz' for path in missing)} in {raw}", flush=True)
+        files = " and ".join(f"{Path(path).name}.gz" for path in missing)
+        print(f"{name} needs {files} in {raw}", flush=True)
     for path in missing:
-        if mirror:
-            urls = [f"{mirror.rstrip('/')}/{file}{suffix}" for suffix in dict.fromkeys(suffix for _, suffix in bases)
-                    for file in dict.fromkeys((path, Path(path).name))]
-        else:
-            urls = [base + path + suffix for base, suffix in bases]
-        download(urls, raw / f"{Path(path).name}.gz")
+        download(addresses(path, bases, mirror), raw / f"{Path(path).name}.gz")
     return raw
 
 
 def read(folder, name) -> Raw:
-    """The reviews in a folder, joined with their products' metadata. name: a known set, or None for any other folder.
+    """The reviews in a folder, joined with their products' metadata.
 
-    Raises UserError for a missing or damaged file, more than 1 % unusable lines, or several categories in one folder.
+    name: a known set, or None for any other folder. Raises UserError for a missing or damaged file,
+    more than 1 % unusable lines, or several categories in one folder.
     """
-    reviews, metadata, ignored = _files_of_set(folder, name) if name else _files_of_folder(folder)
-    users, items, times, clock, counts = _read_reviews(reviews)
-    report, catalog = {reviews.name: counts}, {}
+    reviews, metadata, ignored = files_of_set(folder, name) if name else files_of_folder(folder)
+    users, items, times, clock, counts = read_reviews(reviews)
+    report = {reviews.name: counts}
+    catalog = {}
     if metadata:
-        catalog, report[metadata.name] = _read_metadata(metadata, set(items))
-    report |= {"items_without_metadata": len(set(items) - catalog.keys()), "ignored_files": ignored}
-    return Raw(users, items, times, catalog, report=report, clock=clock, core=5 if name else 0,
-               need_catalog=name is not None, picture_hosts=HOSTS,
-               published=dict(zip(("users", "items", "interactions", "source"), SETS.get(name, ())[2:])))
+        catalog, report[metadata.name] = read_metadata(metadata, set(items))
+    report["items_without_metadata"] = len(set(items) - catalog.keys())
+    report["ignored_files"] = ignored
+    published = {}
+    if name in SETS:
+        published = dict(zip(("users", "items", "interactions", "source"), SETS[name][2:]))
+    return Raw(
+        users, items, times, catalog,
+        report=report,
+        clock=clock,
+        core=5 if name else 0,
+        need_catalog=name is not None,
+        picture_hosts=HOSTS,
+        published=published,
+    )
 
 
-# Which files
+# ------------------------------------------------------------------ which files
 
-def _paths_and_bases(name) -> tuple:
-    edition, category = SETS[name][:2] if name in SETS else ANY_CATEGORY.fullmatch(name).groups()
+def paths_and_bases(name) -> tuple:
+    """([path of the reviews, path of the metadata], base addresses) of a known set."""
+    if name in SETS:
+        edition, category = SETS[name][:2]
+    else:
+        edition, category = ANY_CATEGORY.fullmatch(name).groups()
     *paths, bases = EDITIONS[edition]
     return [path.format(category) for path in paths], bases
 
 
-def _placed(folder, path):
-    """The file in the folder that stands for a set's path: compressed or not, 5-core or all reviews; else None."""
+def addresses(path, bases, mirror) -> list:
+    """Where a file may be fetched from; a mirror may have it with or without its folders."""
+    if not mirror:
+        return [base + path + suffix for base, suffix in bases]
+    suffixes = dict.fromkeys(suffix for _, suffix in bases)
+    paths = dict.fromkeys((path, Path(path).name))
+    return [f"{mirror.rstrip('/')}/{file}{suffix}" for suffix in suffixes for file in paths]
+
+
+def file_for(folder, path):
+    """The file in the folder that stands for a set's path: compressed or not, 5-core or all reviews."""
     name = Path(path).name
-    names = [f"{stem}{suffix}" for stem in (name, name.replace("_5.json", ".json")) for suffix in (".gz", "")]
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    for stem in (name, name.replace("_5.json", ".json")):
+        for suffix in (".gz", ""):
+            if (folder / f"{stem}{suffix}").is_file():
+                return folder / f"{stem}{suffix}"
+    return None
 
 
-def _files_of_set(folder, name) -> tuple:
-    reviews, metadata = (_placed(folder, path) for path in _paths_and_bases(name)[0])
+def files_of_set(folder, name) -> tuple:
+    """(reviews, metadata, []) of a known set."""
+    reviews, metadata = (file_for(folder, path) for path in paths_and_bases(name)[0])
     if not (reviews and metadata):
-        raise UserError(f"{folder} lacks the {'metadata' if reviews else 'reviews'} of {name}: ask for {name} by name, "
-                        f"then they are fetched")
+        raise UserError(
+            f"{folder} lacks the {'metadata' if reviews else 'reviews'} of {name}: ask for {name} "
+            f"by name, then they are fetched"
+        )
     return reviews, metadata, []
 
 
-def _files_of_folder(folder) -> tuple:
-    """Reviews, metadata (None where there are none) and the names of the files that are passed over."""
-    categories = _categories(folder)
-    chosen = {category: files for category, files in categories.items() if files[1]} or categories
+def files_of_folder(folder) -> tuple:
+    """Reviews, metadata (None where there are none) and the names of the files passed over."""
+    categories = categories_in(folder)
+    with_metadata = {category: files for category, files in categories.items() if files[1]}
+    chosen = with_metadata or categories
     if len(chosen) != 1:
-        raise UserError(f"{folder} holds reviews of {len(chosen)} categories ({', '.join(chosen)}): "
-                        f"make one folder for each")
+        raise UserError(
+            f"{folder} holds reviews of {len(chosen)} categories ({', '.join(chosen)}): make one "
+            f"folder for each"
+        )
     (reviews, metadata), = chosen.values()
     used = {reviews[0], *metadata[:1]}
-    others = sorted(path.name for files in categories.values() for path in sum(files, []) if path not in used)
-    return reviews[0], next(iter(metadata), None), others
+    every = [path for files in categories.values() for path in sum(files, [])]
+    ignored = sorted(path.name for path in every if path not in used)
+    return reviews[0], metadata[0] if metadata else None, ignored
 
 
-def _categories(folder) -> dict:
+def categories_in(folder) -> dict:
     """category -> ([reviews files, 5-core first], [metadata files]).
 
     Reviews without metadata must look like reviews: many programs write .json and .jsonl files.
     """
     found = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        if match := FILE.fullmatch(path.name):
-            found.setdefault(match["category"], ([], []))[match["kind"] == "meta_"].append(path)
-    return {category: (sorted(reviews, key=lambda path: "_5.json" not in path.name), metadata)
-            for category, (reviews, metadata) in found.items() if reviews and (metadata or any(map(_clock, reviews)))}
+        match = FILE.fullmatch(path.name)
+        if match:
+            reviews, metadata = found.setdefault(match["category"], ([], []))
+            (metadata if match["kind"] == "meta_" else reviews).append(path)
+    categories = {}
+    for category, (reviews, metadata) in found.items():
+        if reviews and (metadata or any(map(clock_of, reviews))):
+            reviews.sort(key=lambda path: "_5.json" not in path.name)
+            categories[category] = (reviews, metadata)
+    return categories
 
 
-def _clock(path):
-    """"day" or "seconds", told by the field names in the first lines; None where they do not look like reviews."""
+def clock_of(path):
+    """"day" or "seconds", told by the field names in the first lines; None if they are no reviews."""
     try:
-        for _, text in islice(_lines(path), 100):
-            row, _ = _parse(text)
+        for _, text in islice(text_lines(path), 100):
+            row = parse(text)
             for clock, (user, item, _) in FIELDS.items():
-                if row and _key(row.get(user)) and _key(row.get(item)):
+                if isinstance(row, dict) and key_of(row.get(user)) and key_of(row.get(item)):
                     return clock
     except (UserError, OSError):
         pass
     return None
 
 
-# Lines
+# ------------------------------------------------------------------ lines
 
-def _lines(path):
-    """Yield (number, text) of the lines that are not blank. Raises UserError with the byte where reading stopped."""
-    with open(path, "rb") as file:
-        stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+def parse(text):
+    """Object or Defect. literal_eval, for the metadata of 2014, builds values and runs nothing."""
+    for parser in (json.loads, ast.literal_eval):
         try:
-            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
-                if text := line.decode("utf-8-sig", "replace").strip():
-                    yield number, text
-        except (EOFError, zlib.error, OSError) as error:
-            raise UserError(f"{path} is not a whole file, reading stopped at byte {file.tell()} ({error}): remove it, "
-                            f"put a complete copy there, and run the same command again") from None
-
-
-def _parse(text) -> tuple:
-    """(object, None) or (None, defect). literal_eval, for 2014's metadata, builds values and runs nothing."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            row = parse(text)
+            row = parser(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-        return (row, None) if isinstance(row, dict) else (None, "not_an_object")
-    return None, "not_json"
+        return row if isinstance(row, dict) else Defect("not_an_object")
+    return Defect("not_json")
 
 
-def _each_row(path, take, parse=_parse) -> dict:
-    """Hand each line's object to `take`, which returns None or the defect that makes the line unusable -> counts.
-
-    Raises UserError for a file without lines, or when more than 1 % of them are unusable.
-    """
-    lines, bad, first_bad = 0, Counter(), None
-    for number, text in _lines(path):
-        lines += 1
-        row, defect = parse(text)
-        if defect := defect or take(row):
-            bad[defect] += 1
-            first_bad = first_bad or number
-    if not lines:
-        raise UserError(f"{path} is empty: put a complete copy there and run the same command again")
-    return line_counts(path, lines, bad, first_bad)
+def each_line(path, take, parse=parse) -> dict:
+    """`each_object` of a file that must not be empty."""
+    counts = each_object(path, take, parse)
+    if not counts["lines"]:
+        raise UserError(
+            f"{path} is empty: put a complete copy there and run the same command again"
+        )
+    return counts
 
 
-def _read_reviews(path) -> tuple:
+def read_reviews(path) -> tuple:
     """-> users, items, times (parallel lists), clock, counts."""
-    clock = _clock(path) or "day"
+    clock = clock_of(path) or "day"
     user_field, item_field, time_field = FIELDS[clock]
-    users, items, times, known = [], [], [], {}
+    users, items, times = [], [], []
+    known = {}    # one string per key, however many reviews
 
     def take(row):
-        user, item, time = _key(row.get(user_field)), _key(row.get(item_field)), row.get(time_field)
-        if not user or not item or time is None:
-            return "no_user" if not user else "no_item" if not item else "no_time"
-        time = _seconds(time)
+        user = key_of(row.get(user_field))
+        item = key_of(row.get(item_field))
+        if not user:
+            return "no_user"
+        if not item:
+            return "no_item"
+        if row.get(time_field) is None:
+            return "no_time"
+        time = seconds(row[time_field])
         if time is None:
             return "impossible_time"
-        users.append(known.setdefault(user, user))       # one string per key, however many reviews
+        users.append(known.setdefault(user, user))
         items.append(known.setdefault(item, item))
         times.append(time)
 
-    counts = _each_row(path, take)
-    counts |= {"users": len(set(users)), "items": len(set(items)),
-               "exact_duplicates": _duplicates(users, items, times), "repeated_items": _duplicates(users, items)}
+    counts = each_line(path, take)
+    counts["users"] = len(set(users))
+    counts["items"] = len(set(items))
+    counts["exact_duplicates"] = duplicates(users, items, times)
+    counts["repeated_items"] = duplicates(users, items)
     return users, items, times, clock, counts
 
 
-def _read_metadata(path, wanted) -> tuple:
+def read_metadata(path, wanted) -> tuple:
     """-> catalog of the wanted items, counts. A product described twice keeps its first description."""
-    catalog, seen = {}, set()
+    catalog = {}
+    seen = set()
 
-    def parse(text):
-        keys = ITEM_KEY.findall(text)    # most products have no review here, and literal_eval takes a millisecond
-        return ({"asin": keys[0]}, None) if len(keys) == 1 and _key(keys[0]) not in wanted else _parse(text)
+    def parse_if_wanted(text):
+        # most products have no review here, and literal_eval takes a millisecond
+        keys = ITEM_KEY.findall(text)
+        if len(keys) == 1 and key_of(keys[0]) not in wanted:
+            return {"asin": keys[0]}
+        return parse(text)
 
     def take(row):
-        key = _key(row.get("parent_asin") or row.get("asin"))
+        key = key_of(row.get("parent_asin") or row.get("asin"))
         if not key:
             return "no_item"
         if key in wanted and key not in seen:
-            catalog[key] = _item(row)
+            catalog[key] = describe(row)
         seen.add(key)
 
-    counts = _each_row(path, take, parse)
-    return catalog, counts | {
-        "items": len(seen), "duplicate_items": counts["lines"] - sum(counts["bad_lines"].values()) - len(seen),
-        "titles_unusable": sum(not item["title"] for item in catalog.values())}
+    counts = each_line(path, take, parse_if_wanted)
+    good = counts["lines"] - sum(counts["bad_lines"].values())
+    counts["items"] = len(seen)
+    counts["duplicate_items"] = good - len(seen)
+    counts["titles_unusable"] = sum(not item["title"] for item in catalog.values())
+    return catalog, counts
 
 
-def _duplicates(*columns) -> int:
+def duplicates(*columns) -> int:
     """How many rows of the parallel columns have occurred before."""
-    codes = np.stack([np.fromiter(map({key: code for code, key in enumerate(dict.fromkeys(column))}.get, column),
-                                  np.int64, len(column)) for column in columns])
+    codes = []
+    for column in columns:
+        code = {value: n for n, value in enumerate(dict.fromkeys(column))}
+        codes.append(np.fromiter(map(code.get, column), np.int64, len(column)))
+    codes = np.stack(codes)
     codes = codes[:, np.lexsort(codes)]
     return int((codes[:, 1:] == codes[:, :-1]).all(0).sum())
 
 
-# Values
+# ------------------------------------------------------------------ values
 
-def _key(value) -> str:
-    """A person's or product's key on one line, without what a text file cannot hold; "" for what is no key."""
+def key_of(value) -> str:
+    """A person's or product's key on one line; "" for what is no key."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
         return ""
-    return " ".join(str(value).encode("utf-8", "replace").decode().split())
+    writable = str(value).encode("utf-8", "replace").decode()    # without lone surrogates
+    return " ".join(writable.split())
 
 
-def _seconds(value):
-    """Whole seconds since 1970 from seconds or milliseconds; None for what is no time from 1970 to 2100."""
+def seconds(value):
+    """Whole seconds since 1970 from seconds or milliseconds; None for what is no time up to 2100."""
     try:
         value = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     if value >= YEAR_1995 * 1000:
         value /= 1000
-    return int(value) if 0 <= value <= YEAR_2100 else None             # NaN is in no range
+    return int(value) if 0 <= value <= YEAR_2100 else None    # NaN is in no range
 
 
-def _item(row) -> dict:
-    text = [*_listed(row.get("description")), ", ".join(_category_path(row)), row.get("brand") or row.get("store")]
-    return {"title": "".join(_usable(row.get("title"))), "text": _usable(*text), "language": "en",
-            "images": _images(row)}
+def describe(row) -> dict:
+    """Title, text and pictures of a product."""
+    text = [
+        *as_list(row.get("description")),
+        ", ".join(category_path(row)),
+        row.get("brand") or row.get("store"),
+    ]
+    title = usable(row.get("title"))
+    return {
+        "title": title[0] if title else "",
+        "text": usable(*text),
+        "language": "en",
+        "images": images_of(row),
+    }
 
 
-def _usable(*parts) -> list:
-    """Clean sentences, without the page script (it calls getTime) that stands in place of some titles."""
+def usable(*parts) -> list:
+    """Clean sentences, without the page script (it calls getTime) that stands for some titles."""
     return sentences(*(part for part in parts if "getTime" not in str(part)))
 
 
-def _category_path(row):
-    path = _listed(row.get("categories") or row.get("category"))
-    path = max((names for names in path if isinstance(names, list)), key=len, default=path)     # 2014 has several
-    path = takewhile(lambda name: "</span>" not in str(name), path)    # 2018: page details follow the path
-    return filter(None, map(clean_text, path))
+def category_path(row) -> list:
+    path = as_list(row.get("categories") or row.get("category"))
+    lists = [names for names in path if isinstance(names, list)]    # 2014 has several paths
+    path = max(lists, key=len, default=path)
+    path = takewhile(lambda name: "</span>" not in str(name), path)    # 2018: page details follow
+    return list(filter(None, map(clean_text, path)))
 
 
-def _images(row) -> list:
+def images_of(row) -> list:
     """Addresses of a product's pictures: the largest size there is, distinct, at most MAX_IMAGES."""
-    thumbnails = _listed(row.get("imageURL") or row.get("image"))
-    sizes = [map(image.get, ("hi_res", "large", "thumb")) for image in _listed(row.get("images"))
-             if isinstance(image, dict)]
-    for urls in (_listed(row.get("imageURLHighRes")), [THUMBNAIL.sub("", str(url)) for url in thumbnails],
-                 _listed(row.get("imUrl")), [next(filter(_is_url, urls), None) for urls in sizes]):
-        if urls := list(dict.fromkeys(filter(_is_url, urls))):
-            return urls[:MAX_IMAGES]
+    thumbnails = as_list(row.get("imageURL") or row.get("image"))
+    sizes = [
+        [image.get(size) for size in ("hi_res", "large", "thumb")]
+        for image in as_list(row.get("images")) if isinstance(image, dict)
+    ]
+    kinds = (
+        as_list(row.get("imageURLHighRes")),
+        [THUMBNAIL.sub("", str(url)) for url in thumbnails],
+        as_list(row.get("imUrl")),
+        [next(filter(is_address, urls), None) for urls in sizes],
+    )
+    for urls in kinds:
+        found = list(dict.fromkeys(filter(is_address, urls)))
+        if found:
+            return found[:MAX_IMAGES]
     return []
 
 
-def _is_url(value) -> bool:
+def is_address(value) -> bool:
     return isinstance(value, str) and WEB_ADDRESS.fullmatch(value) is not None
 
 
-def _listed(value) -> list:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def as_list(value) -> list:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

@@ -3,30 +3,33 @@
 sessions_train.csv   prev_items,next_item,locale; prev_items is a printed array, "['B01' 'B02'\\n 'B03']", over many lines
 products_train.csv   id,locale,title,price,brand,color,size,model,material,author,desc; most cells may be empty
 
-Both may be compressed (.csv.gz). There are no users and no times: a session is taken for a user, its order for time. A
-product has one row a locale, in the locale's language, so an item is a product in a locale: `B01@UK`.
+Both may be compressed (.csv.gz). There are no users and no times: a session is taken for a user, its order for
+time. A product has one row a locale, in the locale's language, so an item is a product in a locale: `B01@UK`.
 Source: https://www.aicrowd.com/challenges/amazon-kdd-cup-23-multilingual-recommendation-challenge (asks for a login).
 """
 import re
 from collections import Counter
 from itertools import count
 
-from .common import Raw, UserError, each_row, placed, sentences
+from common.files import UserError
+from common.tables import Raw, each_row, placed, sentences
 
 LANGUAGES = {"UK": "en", "DE": "de", "JP": "ja", "ES": "es", "FR": "fr", "IT": "it"}
-LOCALES = {f"m2-{locale.lower()}": locale for locale in LANGUAGES}     # name of the set: the locale it is cut to
+LOCALES = {f"m2-{locale.lower()}": locale for locale in LANGUAGES}    # name of the set: its locale
 NAMES = (*LOCALES, "m2")
 PAGE = "https://www.aicrowd.com/challenges/amazon-kdd-cup-23-multilingual-recommendation-challenge"
 SESSIONS, PRODUCTS = "sessions_train.csv", "products_train.csv"
 ATTRIBUTES = ("brand", "color", "size", "model", "material", "author")
 ITEM = re.compile(r"""[^\s'",\[\]]+""")
 # locale: sessions and items as SRMML prints them (Table I); it prints no number of interactions
-PUBLISHED = {"UK": (1182181, 494409), "DE": (1111416, 513811), "JP": (979119, 389888),
-             "ES": (89047, 41341), "FR": (117516, 43033), "IT": (126925, 48788)}
-
-
-def knows(name) -> bool:
-    return name in NAMES
+PUBLISHED = {
+    "UK": (1182181, 494409),
+    "DE": (1111416, 513811),
+    "JP": (979119, 389888),
+    "ES": (89047, 41341),
+    "FR": (117516, 43033),
+    "IT": (126925, 48788),
+}
 
 
 def recognises(folder) -> bool:
@@ -34,7 +37,7 @@ def recognises(folder) -> bool:
 
 
 def fetch(name, raw, mirror):
-    """The folder with the two tables, which serve all names: `m2` beside the folder `raw`, or `raw` itself.
+    """The folder with the two tables, which serve all names: `m2` beside the folder `raw`, or `raw`.
 
     Raises UserError where they have not been put by hand.
     """
@@ -42,68 +45,96 @@ def fetch(name, raw, mirror):
     for folder in (shared, raw):
         if recognises(folder):
             return folder
-    raise UserError(f"{name} asks for a login and cannot be downloaded from here: get {SESSIONS} and {PRODUCTS} from "
-                    f"{PAGE} and put them into {shared.resolve()}")
+    raise UserError(
+        f"{name} asks for a login and cannot be downloaded from here: get {SESSIONS} and {PRODUCTS} "
+        f"from {PAGE} and put them into {shared.resolve()}"
+    )
 
 
 def read(folder, name) -> Raw:
-    """The sessions of the locale that the name says, or of all (`m2`, and a folder), with the products that occur in them.
+    """The sessions of the locale that the name says, or of all (`m2`, and a folder), with their products.
 
-    Nothing is filtered, by name or not. SRMML speaks of dropping what occurs fewer than five times, but prints the counts
-    of sessions that nothing was dropped from, and a session has about five items, so that a 5-core would drop most.
+    Nothing is filtered, by name or not. SRMML speaks of dropping what occurs fewer than five times, but
+    prints the counts of sessions that nothing was dropped from, and a session has about five items, so
+    that a 5-core would drop most.
 
     Raises UserError for a table that lacks a column, is damaged, or has more than 1 % unusable lines.
     """
     wanted = LOCALES.get(name)
-    users, items, times, sessions = _read_sessions(placed(folder, SESSIONS), {wanted} if wanted else LANGUAGES.keys())
+    locales = {wanted} if wanted else LANGUAGES.keys()
+    users, items, times, sessions = read_sessions(placed(folder, SESSIONS), locales)
     used = set(items)
-    catalog, products = _read_products(placed(folder, PRODUCTS), used)
-    published = (*PUBLISHED[wanted], "-", "SRMML") if wanted else ()
-    return Raw(users, items, times, catalog, clock="order",
-               report={SESSIONS: sessions, PRODUCTS: products, "items_without_metadata": len(used) - len(catalog)},
-               published=dict(zip(("users", "items", "interactions", "source"), published)))
+    catalog, products = read_products(placed(folder, PRODUCTS), used)
+    published = {}
+    if wanted:
+        n_users, n_items = PUBLISHED[wanted]
+        published = {"users": n_users, "items": n_items, "interactions": "-", "source": "SRMML"}
+    report = {
+        SESSIONS: sessions,
+        PRODUCTS: products,
+        "items_without_metadata": len(used) - len(catalog),
+    }
+    return Raw(users, items, times, catalog, clock="order", report=report, published=published)
 
 
-def _read_sessions(path, locales) -> tuple:
-    """-> users, items, times (parallel lists), counts. A session is named by its locale and its place in the file."""
-    users, items, times, keys, places = [], [], [], {}, count(1)
+def read_sessions(path, locales) -> tuple:
+    """-> users, items, times (parallel lists), counts.
+
+    A session is named by its locale and its place in the file.
+    """
+    users, items, times = [], [], []
+    keys = {}    # one string per key, however many sessions
+    places = count(1)
 
     def take(previous, following, locale):
-        place, locale = next(places), locale.strip().upper()
-        session, target = ITEM.findall(previous), ITEM.findall(following)
-        if locale not in LANGUAGES or not session or len(target) != 1:
-            return "no_locale" if locale not in LANGUAGES else "no_prev_items" if not session else "no_next_item"
-        if "..." in session:             # how a printed array leaves out its middle
+        place = next(places)
+        locale = locale.strip().upper()
+        session = ITEM.findall(previous)
+        target = ITEM.findall(following)
+        if locale not in LANGUAGES:
+            return "no_locale"
+        if not session:
+            return "no_prev_items"
+        if len(target) != 1:
+            return "no_next_item"
+        if "..." in session:    # how a printed array leaves out its middle
             return "prev_items_cut_short"
         if locale in locales:
             session = [f"{item}@{locale}" for item in session + target]
             users.extend([f"{locale}{place}"] * len(session))
-            items.extend(map(keys.setdefault, session, session))         # one string per key, however many sessions
+            items.extend(map(keys.setdefault, session, session))
             times.extend(range(len(session)))
 
     counts = each_row(path, ("prev_items", "next_item", "locale"), take)
     return users, items, times, counts
 
 
-def _read_products(path, used) -> tuple:
-    """-> catalog of the used items, counts. A product described twice in a locale keeps its first description."""
-    catalog, found = {}, Counter()
+def read_products(path, used) -> tuple:
+    """-> catalog of the used items, counts. A product described twice in a locale keeps the first."""
+    catalog = {}
+    found = Counter()
 
     def take(product, locale, title, description, *attributes):
         product, locale = product.strip(), locale.strip().upper()
-        if not product or locale not in LANGUAGES:
-            return "no_product" if not product else "no_locale"
+        if not product:
+            return "no_product"
+        if locale not in LANGUAGES:
+            return "no_locale"
         key = f"{product}@{locale}"
-        found["duplicate_products"] += key in catalog
-        if key in used and key not in catalog:
-            catalog[key] = {"title": "".join(_known(title)), "text": _known(description, ", ".join(_known(*attributes))),
-                            "language": LANGUAGES[locale], "images": []}
+        if key in catalog:
+            found["duplicate_products"] += 1
+        elif key in used:
+            catalog[key] = {
+                "title": "".join(known(title)),
+                "text": known(description, ", ".join(known(*attributes))),
+                "language": LANGUAGES[locale],
+                "images": [],
+            }
 
     counts = each_row(path, ("id", "locale", "title"), take, ("desc", *ATTRIBUTES))
-    return catalog, counts | found
+    return catalog, counts | {"duplicate_products": found["duplicate_products"]}
 
 
-def _known(*cells) -> list:
-    """Clean, distinct texts of the cells that are not missing; some programs write "nan" for a missing one."""
+def known(*cells) -> list:
+    """Clean, distinct texts of the cells that are not missing; some programs write "nan" for one."""
     return [text for text in sentences(*cells) if text.casefold() != "nan"]
-

@@ -4,8 +4,9 @@ transactions_train.csv   t_dat (YYYY-MM-DD), customer_id, article_id; price and 
 articles.csv             article_id, prod_name and, where present, detail_desc and the names of type, group and colour
 images/                  <first 3 digits>/<article_id>.jpg; the folder may be a link
 
-Both tables may be compressed (.csv.gz). An article id has ten digits, the first of them a zero that spreadsheets lose.
-Its first seven digits are the product, whose colours the articles are; `by` says which of the two is the item.
+Both tables may be compressed (.csv.gz). An article id has ten digits, the first of them a zero that
+spreadsheets lose. Its first seven digits are the product, whose colours the articles are; `by` says which of
+the two is the item.
 Source: https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations (asks for a login).
 """
 import glob
@@ -14,24 +15,21 @@ import re
 from datetime import datetime
 from functools import lru_cache
 
-from .common import Raw, UserError, clean_text, each_row, placed, sentences
+from common.files import UserError
+from common.tables import Raw, clean_text, each_row, placed, sentences
 
 NAMES = ("hm",)
-DIGITS = {"article": 10, "product": 7}   # how much of the article id is the item's key
-BY = tuple(DIGITS)                       # what an item can be, the default first
+DIGITS = {"article": 10, "product": 7}    # how much of the article id is the item's key
+BY = tuple(DIGITS)
 PAGE = "https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations/data"
 SALES, ARTICLES = "transactions_train.csv", "articles.csv"
 CATEGORY = ("product_type_name", "product_group_name", "garment_group_name", "index_name")
 LOOK = ("graphical_appearance_name", "colour_group_name")
 UNKNOWN = {"", "nan", "unknown", "undefined"}
 ARTICLE = re.compile(r"[0-9]{9,10}")
-PICTURE = re.compile(r"images/[0-9]{3}/([0-9]{10})\.(jpg|jpeg|png)", re.I)
+PICTURE = re.compile(r"images/[0-9]{3}/([0-9]{10})\.(jpg|jpeg|png)", re.IGNORECASE)
 MAX_IMAGES = 10
 DAY = 86_400
-
-
-def knows(name) -> bool:
-    return name in NAMES
 
 
 def recognises(folder) -> bool:
@@ -39,116 +37,162 @@ def recognises(folder) -> bool:
 
 
 def fetch(name, raw, mirror):
-    """The folder `raw` with the tables that were put there by hand. Raises UserError where one is missing."""
-    if missing := [table for table in (SALES, ARTICLES) if not placed(raw, table)]:
-        raise UserError(f"{name} asks for a login and cannot be downloaded from here: get {' and '.join(missing)} and, "
-                        f"for the pictures, the folder images from {PAGE} and put them into {raw.resolve()}")
+    """The folder `raw` with the tables that were put there by hand. Raises UserError if one is missing."""
+    missing = [table for table in (SALES, ARTICLES) if not placed(raw, table)]
+    if missing:
+        raise UserError(
+            f"{name} asks for a login and cannot be downloaded from here: get "
+            f"{' and '.join(missing)} and, for the pictures, the folder images from {PAGE} and put "
+            f"them into {raw.resolve()}"
+        )
     return raw
 
 
 def read(folder, name, by="article") -> Raw:
-    """The purchases in a folder, by article or by product, with the texts and pictures of what was sold.
+    """The purchases in a folder, by article or by product, with texts and pictures of what was sold.
 
-    The whole set, asked for by name, has some 300 purchases an article and is cut to its 5-core. A folder is taken as it
-    is: in a sample of the customers an article has one or two purchases, and a 5-core would leave next to nothing.
+    The whole set, asked for by name, has some 300 purchases an article and is cut to its 5-core. A
+    folder is taken as it is: in a sample of the customers an article has one or two purchases, and a
+    5-core would leave next to nothing.
 
     Raises UserError for a table that lacks a column, is damaged, or has more than 1 % unusable lines.
     """
-    users, sold_articles, times, counts = _read_sales(placed(folder, SALES))
-    item_of = {article: article[:DIGITS[by]] for article in set(sold_articles)}       # one string per item
-    items = [item_of[article] for article in sold_articles]
+    digits = DIGITS[by]
+    users, sold_articles, times, counts = read_sales(placed(folder, SALES))
+    report = {SALES: counts}
+    key_of = {article: article[:digits] for article in set(sold_articles)}    # one string per item
+    items = [key_of[article] for article in sold_articles]
     sold = dict.fromkeys(items)
-    report, texts, images = {SALES: counts}, {}, _images(folder, sold, DIGITS[by])
-    if articles := placed(folder, ARTICLES):
-        texts, report[ARTICLES] = _read_articles(articles, sold, DIGITS[by])
-    catalog = {item: {"title": "", "text": [], "language": "en", **texts.get(item, {}), "images": images.get(item, [])}
-               for item in sold if item in texts or item in images}
-    report |= {"items_without_metadata": len(sold) - len(texts), "items_without_picture": len(sold) - len(images)}
-    return Raw(users, items, times, catalog, report=report, clock="day", core=5 if name else 0, variants=sold_articles,
-               image_root=str(folder.resolve()))
+    images = find_images(folder, sold, digits)
+    texts = {}
+    articles = placed(folder, ARTICLES)
+    if articles:
+        texts, report[ARTICLES] = read_articles(articles, sold, digits)
+    catalog = {}
+    for item in sold:
+        if item in texts or item in images:
+            words = texts.get(item, {"title": "", "text": []})
+            catalog[item] = {**words, "language": "en", "images": images.get(item, [])}
+    report["items_without_metadata"] = len(sold) - len(texts)
+    report["items_without_picture"] = len(sold) - len(images)
+    return Raw(
+        users, items, times, catalog,
+        report=report,
+        clock="day",
+        core=5 if name else 0,
+        variants=sold_articles,
+        image_root=str(folder.resolve()),
+    )
 
 
-def _read_sales(path) -> tuple:
+def read_sales(path) -> tuple:
     """-> users, articles, times (parallel lists), counts."""
-    users, items, times, customers, articles = [], [], [], {}, {}
+    users, sold, times = [], [], []
+    customers, articles = {}, {}    # one string per key, however many purchases
 
     def take(day, customer, article):
-        user, item, time = " ".join(customer.split()), articles.get(article), _seconds(day)
+        user = " ".join(customer.split())
+        if not user:
+            return "no_customer"
+        item = articles.get(article)
         if item is None:
-            item = articles[article] = _article(article)
-        if not (user and item) or time is None:
-            return "no_customer" if not user else "no_article" if not item else "no_day"
-        users.append(customers.setdefault(user, user))   # one string per key, however many purchases
-        items.append(item)
+            item = articles[article] = article_id(article)
+        if not item:
+            return "no_article"
+        time = seconds(day)
+        if time is None:
+            return "no_day"
+        users.append(customers.setdefault(user, user))
+        sold.append(item)
         times.append(time)
 
     counts = each_row(path, ("t_dat", "customer_id", "article_id"), take)
-    padded = sum(len(article.strip()) < 10 for article, item in articles.items() if item)
-    return users, items, times, counts | {"article_ids_without_their_zero": padded}
+    short = [text for text, item in articles.items() if item and len(text.strip()) < 10]
+    counts["article_ids_without_their_zero"] = len(short)
+    return users, sold, times, counts
 
 
-def _read_articles(path, sold, digits) -> tuple:
-    """-> {sold item: title and text}, counts. A product has the words of its first article and the looks of all."""
-    texts, looks, seen = {}, {}, set()
+def read_articles(path, sold, digits) -> tuple:
+    """-> {sold item: title and text}, counts.
+
+    A product has the words of its first article and the looks of all.
+    """
+    texts, looks = {}, {}
+    seen = set()
 
     def take(article, title, description, *names):
-        article = _article(article)
+        article = article_id(article)
         if not article:
             return "no_article"
         item = article[:digits]
         if item in sold and article not in seen:
+            category, look = names[:len(CATEGORY)], names[len(CATEGORY):]
             if item not in texts:
-                texts[item] = {"title": _known(title), "text": [_known(description), _listed(names[:len(CATEGORY)])]}
-            looks.setdefault(item, []).extend(names[len(CATEGORY):])
+                texts[item] = {
+                    "title": known(title),
+                    "text": [known(description), listed(category)],
+                }
+            looks.setdefault(item, []).extend(look)
         seen.add(article)
 
-    counts = each_row(path, ("article_id", "prod_name"), take, ("detail_desc", *CATEGORY, *LOOK))
+    counts = each_row(
+        path, ("article_id", "prod_name"), take, ("detail_desc", *CATEGORY, *LOOK)
+    )
     for item, words in texts.items():
-        words["text"] = sentences(*words["text"], _listed(looks[item]))
-    return texts, counts | {"articles": len(seen),
-                            "duplicate_articles": counts["lines"] - sum(counts["bad_lines"].values()) - len(seen)}
+        words["text"] = sentences(*words["text"], listed(looks[item]))
+    good = counts["lines"] - sum(counts["bad_lines"].values())
+    counts["articles"] = len(seen)
+    counts["duplicate_articles"] = good - len(seen)
+    return texts, counts
+
+
+def picture_files(folder) -> list:
+    return sorted(path.replace(os.sep, "/") for path in glob.glob("images/*/*", root_dir=folder))
 
 
 def pictures_in(folder) -> int:
     """How many files lie in the picture folders, which may come after the tables."""
-    return len(glob.glob("images/*/*", root_dir=folder))
+    return len(picture_files(folder))
 
 
-def _images(folder, sold, digits) -> dict:
-    """sold item -> paths of its articles' pictures, in the articles' order, from one walk over the picture folders."""
+def find_images(folder, sold, digits) -> dict:
+    """sold item -> paths of its articles' pictures, in the articles' order, at most MAX_IMAGES."""
     images = {}
-    for path in sorted(path.replace(os.sep, "/") for path in glob.glob("images/*/*", root_dir=folder)):
+    for path in picture_files(folder):
         match = PICTURE.fullmatch(path)
-        if match and match[1][:digits] in sold and len(images.setdefault(match[1][:digits], [])) < MAX_IMAGES:
-            images[match[1][:digits]].append(path)
+        if match and match[1][:digits] in sold:
+            paths = images.setdefault(match[1][:digits], [])
+            if len(paths) < MAX_IMAGES:
+                paths.append(path)
     return images
 
 
-def _article(text) -> str:
+def article_id(text) -> str:
     """The ten digits of an article id that may have lost its zero; "" for what is no article id."""
     text = text.strip()
     return text.zfill(10) if ARTICLE.fullmatch(text) else ""
 
 
-@lru_cache(maxsize=4096)                 # two years have few days
-def _seconds(day):
+@lru_cache(maxsize=4096)    # two years have few days
+def seconds(day):
     """Seconds from 1970 to the beginning of a day; None for what is no date since then."""
     try:
-        days = datetime.fromisoformat(day.strip()).toordinal() - datetime(1970, 1, 1).toordinal()
+        moment = datetime.fromisoformat(day.strip())
     except ValueError:
         return None
+    days = moment.toordinal() - datetime(1970, 1, 1).toordinal()
     return days * DAY if days >= 0 else None
 
 
-@lru_cache(maxsize=1 << 16)              # the same names stand in line after line
-def _known(text) -> str:
+@lru_cache(maxsize=1 << 16)    # the same names stand in line after line
+def known(text) -> str:
     text = clean_text(text)
     return "" if text.casefold() in UNKNOWN else text
 
 
-def _listed(names) -> str:
+def listed(names) -> str:
     """The known names in a row, each once however it writes its case and its "and"."""
     distinct = {}
-    for name in filter(None, map(_known, names)):
+    for name in filter(None, map(known, names)):
         distinct.setdefault(name.casefold().replace("&", "and"), name)
     return ", ".join(distinct.values())

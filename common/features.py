@@ -1,0 +1,114 @@
+"""The feature file: where it lies, how it is written, read and checked. The format stands here alone.
+
+`data/<name>/features/<modality>-<encoder>.safetensors` holds two tensors,
+
+    vectors   float32 (V+1, D)   the distinct sentences' or pictures' vectors; row 0 is zero
+    index     int32 (N+1, S)     which vectors each item has; 0 means none; row 0 is padding
+
+and the .json beside it says what the numbers are: encoder, weights, versions, template, and the SHA-256
+of the item keys, so that a file of other items, or of another order of them, is refused.
+"""
+import re
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+
+from .files import UserError, atomic, keys_sha256, load_tensors, read_json, write_json
+
+KEYS = {    # modality -> the catalog keys that its feature file gives
+    "text": ("text", "has_text", "sentences", "sentences_mask"),
+    "image": ("image", "has_image", "pictures", "pictures_mask"),
+}
+
+
+def feature_path(folder, modality, encoder) -> Path:
+    """`features/text-hash.safetensors`; in an encoder's name all but [a-z0-9_-] becomes a dash."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", str(encoder).lower()).strip("-")
+    return Path(folder) / "features" / f"{modality}-{name}.safetensors"
+
+
+def write_features(folder, modality, encoder, vectors, index, keys, about):
+    """Write a feature file and its json.
+
+    vectors: (V, D) of the distinct sentences or pictures; a zero row means that there is none.
+    index: (N, S) of each item's vectors, 1 + row of `vectors`, 0 = none.
+    keys: item keys in id order (N). about: what else fixes the numbers (weights, versions, template).
+    """
+    path = feature_path(folder, modality, encoder)
+    vectors = np.pad(np.asarray(vectors, np.float32), ((1, 0), (0, 0)))    # (V+1, D)
+    index = np.where(vectors.any(1)[index], index, 0)
+    padded = np.pad(index, ((1, 0), (0, 0))).astype(np.int32)              # (N+1, S)
+    write_json(path.with_suffix(".json"), {
+        "modality": modality,
+        "encoder": encoder,
+        "items": len(keys),
+        "items_with": int(index.any(1).sum()),
+        "items_sha256": keys_sha256(keys),
+        "shapes": {"vectors": list(vectors.shape), "index": list(padded.shape)},
+        **about,
+    })
+    with atomic(path, "wb") as file:    # written last, so that its presence implies the json's
+        file.write(safetensors.numpy.save({"vectors": vectors, "index": padded}))
+
+
+def about_features(path, keys, encoder) -> dict:
+    """The json of a feature file. Raises UserError where it belongs to other items or encoders."""
+    about = read_json(path.with_suffix(".json"))
+    if (about.get("items_sha256"), about.get("encoder")) != (keys_sha256(keys), encoder):
+        raise UserError(
+            f"{path} was made for other items, for another order of them, or by another encoder: "
+            f"remove it, then it is made again"
+        )
+    return about
+
+
+def read_features(path, n_items):
+    """(vectors (V+1, D), index (N+1, S)) of a feature file. Raises UserError for a damaged one."""
+    tensors, _ = load_tensors(path)
+    vectors = tensors.get("vectors")
+    index = tensors.get("index")
+    fits = (
+        vectors is not None
+        and index is not None
+        and len(index) == n_items + 1
+        and 0 <= index.min() <= index.max() < len(vectors)
+    )
+    if not fits:
+        raise UserError(
+            f"{path} is no feature file of {n_items} items: remove it, then it is made again"
+        )
+    if vectors[0].any() or index[0].any() or not vectors.isfinite().all():
+        raise UserError(
+            f"{path} holds numbers that are not finite, or a row 0 that is not zero: remove it, "
+            f"then it is made again"
+        )
+    return vectors, index
+
+
+def catalog_of(modality, vectors, index, reads=None) -> dict:
+    """The catalog keys that a feature file gives; reads: the keys that are wanted, None = all.
+
+    text or image       float (N+1, D)     the mean of an item's vectors, zero where it has none
+    has_*               bool (N+1,)        whether it has any
+    sentences, pictures float (N+1, S, D)  its vectors
+    *_mask              bool (N+1, S)      which of them are there
+    """
+    mean, has, stack, mask = KEYS[modality]
+    catalog = {}
+    if reads is None or mean in reads:
+        catalog[mean] = F.embedding_bag(index, vectors, mode="mean", padding_idx=0)
+    if reads is None or has in reads:
+        catalog[has] = index.any(1)
+    if reads is None or stack in reads:
+        catalog[stack] = vectors[index]
+    if reads is None or mask in reads:
+        catalog[mask] = index != 0
+    return catalog
+
+
+def items_with_features(path, n_items) -> np.ndarray:
+    """(N+1,) bool: which items a feature file has a vector for. Raises UserError."""
+    return torch.as_tensor(read_features(path, n_items)[1]).numpy().any(1)

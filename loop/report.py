@@ -1,0 +1,136 @@
+"""report.html: the numbers of a run, the curves of its training, and what a few test users got.
+
+Draws what it is given and computes nothing. One file without scripts or links; titles are escaped, pictures are
+drawn anew.
+"""
+import base64
+import html
+import io
+import math
+from contextlib import suppress
+
+from common.files import atomic
+from common.pictures import BadPicture, open_picture
+
+COLUMNS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
+THUMBNAIL = (168, 168)    # pixels, twice what is shown
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
+table { border-collapse: collapse }
+td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child { text-align: left; font-weight: normal; white-space: nowrap }
+thead th { font-weight: bold }
+svg { background: #f6f6f4; margin: .4em; border-radius: 4px }
+polyline { fill: none; stroke: #2a62b8; stroke-width: 2 }
+figure { display: inline-block; width: 76px; margin: .3em .2em; vertical-align: top; font-size: 10px; line-height: 1.25 }
+figure img, figure span { display: block; width: 76px; height: 76px; object-fit: contain; background: #f6f6f4 }
+.hit { outline: 3px solid #3a9a4a }
+h3 { margin: .6em 0 0; font-size: 13px }
+section { display: flex; flex-wrap: wrap; gap: 0 1.2em; border-bottom: 1px solid #ddd }
+"""
+
+
+def write_report(folder, label, dataset, result, log, examples):
+    """Write `folder/report.html`.
+
+    result: what metrics.json holds. log: the lines of log.jsonl. examples: of evaluate.examples.
+    """
+    title = html.escape(label)
+    lead = (
+        f"Best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s on "
+        f"{html.escape(result['device'])}, {result['parameters']} weights. Test metrics, full ranking "
+        f"over {dataset.n_items} items; masked: without the user's history."
+    )
+    users = "".join(section(dataset, example) for example in examples)
+    page = f"""<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
+<h1>{title}</h1>
+<p>{lead}</p>
+{table(result)}
+<h2>Training</h2>{curves(log)}
+<h2>{len(examples)} test users, drawn at random</h2>
+{users}"""
+    with atomic(folder / "report.html") as file:
+        file.write(page)
+
+
+def table(result) -> str:
+    """The metrics, overall and by group, plain and masked."""
+    head = "".join(f"<th>{name}" for name in COLUMNS)
+    head += "".join(f"<th>masked {name}" for name in COLUMNS)
+    rows = [row("all", result["users"], result["test"], result["test_masked"])]
+    for group, numbers in result["groups"].items():
+        rows.append(row(group, numbers["users"], numbers, result["groups_masked"][group]))
+    return f"<table><thead><tr><th><th>users{head}</thead>{''.join(rows)}</table>"
+
+
+def row(name, users, plain, masked) -> str:
+    cells = "".join(f"<td>{numbers[c]:.4f}" for numbers in (plain, masked) for c in COLUMNS)
+    return f"<tr><th>{html.escape(name)}<td>{users}{cells}"
+
+
+def curves(log) -> str:
+    """Each loss term of each stage, and the validation metric, over the epochs."""
+    drawn = []
+    for stage in dict.fromkeys(line["stage"] for line in log):
+        lines = [line for line in log if line["stage"] == stage]
+        for term in lines[0]["losses"]:
+            drawn.append(curve(f"{stage}: {term}", [line["losses"][term] for line in lines]))
+    valid = [line["valid"]["ndcg@10"] for line in log if "valid" in line]
+    drawn.append(curve("validation ndcg@10", valid))
+    return "".join(drawn)
+
+
+def curve(title, values, width=250, height=120) -> str:
+    """A row of numbers as a line in a small SVG picture."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    step = (width - 24) / max(len(values) - 1, 1)
+    scale = (height - 54) / ((high - low) or 1)
+    points = " ".join(
+        f"{12 + i * step:.1f},{height - 22 - (value - low) * scale:.1f}"
+        for i, value in enumerate(values)
+    )
+    note = f"{len(values)} epochs, from {values[0]:.4g} to {values[-1]:.4g}"
+    return (
+        f'<svg width="{width}" height="{height}">'
+        f'<text x="12" y="18" font-size="12">{html.escape(title)}</text>'
+        f'<polyline points="{points}"/>'
+        f'<text x="12" y="{height - 6}" font-size="10">{note}</text></svg>'
+    )
+
+
+def section(dataset, example) -> str:
+    """One user: the end of the history, the next item and its rank, the items ranked first."""
+    target = example["target"]
+    history = figures(dataset, example["history"][-6:])
+    answer = figures(dataset, [target])
+    top = figures(dataset, example["top"], hit=target)
+    return (
+        f"<section><div><h3>the last of the history</h3>{history}</div>"
+        f"<div><h3>then: rank {example['rank'] + 1}</h3>{answer}</div>"
+        f"<div><h3>ranked first</h3>{top}</div></section>"
+    )
+
+
+def figures(dataset, items, hit=None) -> str:
+    return "".join(figure(dataset, item, item == hit) for item in items)
+
+
+def figure(dataset, item, is_hit) -> str:
+    """An item's picture, if it has one, and its title."""
+    about = dataset.items[item]
+    picture = "<span></span>"
+    path = dataset.image_path(about)
+    if path:
+        with suppress(BadPicture):
+            image = open_picture(path)
+            image.thumbnail(THUMBNAIL)
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=80)
+            data = base64.b64encode(buffer.getvalue()).decode()
+            picture = f'<img alt="" src="data:image/jpeg;base64,{data}">'
+    caption = html.escape((about["title"] or about["key"])[:70])
+    mark = " class=hit" if is_hit else ""
+    return f"<figure{mark}>{picture}<figcaption>{caption}</figcaption></figure>"

@@ -1,0 +1,337 @@
+"""A run: its model and catalog, its folder, its state, and how it is resumed or opened again.
+
+`runs/<model>-<data>-<seed>/` holds config.json, log.jsonl (one line per epoch), model.safetensors (the best
+validation epoch), state.safetensors (the last epoch, for --resume), ranks-test.npy, metrics.json and report.html.
+
+Resuming: each epoch draws its random numbers from (seed, stage, epoch) alone, so there is no generator state
+to restore. state.safetensors, written after every epoch, has the weights, the optimiser and the Progress; the log
+is cut back to it, and `train_stage` goes on with the next epoch.
+"""
+import dataclasses
+import json
+import random
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import data
+import extract_features
+from common.features import KEYS
+from common.files import (
+    UserError, alone_in, atomic, load_tensors, pick_device, read_json, save_tensors, set_aside,
+    write_json,
+)
+
+from .settings import has_recipe, load_model_file
+
+STAGES = ("pretrain", "train")    # in their order
+
+
+@dataclass
+class Job:
+    """What all seeds of one command share."""
+    args: object          # the command line
+    module: object        # the model file
+    cfg: object           # its Config
+    dataset: data.Data
+    catalog: dict
+    device: torch.device
+
+    @property
+    def label(self):
+        return f"{self.args.model} on {self.dataset.name}"
+
+
+# ------------------------------------------------------------------ catalog and model
+
+def build_catalog(module, dataset, args, device):
+    """The catalog dict with the keys that the model file READS, and no others (`n_items` always)."""
+    if "image_paths" in module.READS:
+        dataset.fetch_pictures()
+    catalog = dataset.catalog(module.READS)
+    for modality, keys in KEYS.items():
+        if set(module.READS) & set(keys):
+            catalog |= extract_features.features(
+                dataset, modality, args.text, args.image, device, module.READS
+            )
+    return catalog
+
+
+def encoders_of(module, cfg, dataset, args):
+    """{modality: encoder}, of the features that a model file READS, or of those that it trains itself."""
+    named = extract_features.encoders(dataset, args.text, args.image)
+    encoders = {}
+    for modality, keys in KEYS.items():
+        own = getattr(cfg, f"{modality}_encoder", None)    # a setting of models that encode themselves
+        if own or set(module.READS) & set(keys):
+            encoders[modality] = own or named[modality]
+    return encoders
+
+
+def widths_of(catalog) -> dict:
+    """{key: width} of the features in a catalog."""
+    return {
+        key: x.shape[-1] for key, x in catalog.items()
+        if torch.is_tensor(x) and x.is_floating_point()
+    }
+
+
+def align_widths(catalogs, known=None):
+    """If a data set has no features of a modality, give it zeros of the others' width (in place).
+
+    known: {key: width} for features that no set has. Raises UserError if widths differ.
+    """
+    for key in widths_of(catalogs[0]):
+        widths = {catalog[key].shape[-1] for catalog in catalogs if catalog[key].any()}
+        if not widths and known and key in known:
+            widths = {known[key]}
+        if len(widths) > 1:
+            shown = ", ".join(map(str, sorted(widths)))
+            raise UserError(
+                f"the features {key} of the data sets differ in width ({shown}): give one --text "
+                f"and one --image encoder for all of them"
+            )
+        for catalog in catalogs:
+            if widths and not catalog[key].any():
+                catalog[key] = catalog[key].new_zeros(*catalog[key].shape[:-1], *widths)
+
+
+def build(model_class, cfg, catalog, device, seed):
+    """A model with seeded weights, on the device.
+
+    A ValueError from the model is a bad setting or catalog: reported as a UserError.
+    """
+    seed_everything(seed)
+    try:
+        model = model_class(cfg, catalog).to(device)
+        if hasattr(model, "prepare"):    # what it computes once, before its first step
+            model.prepare(torch.device(device))
+    except ValueError as error:
+        raise UserError(f"{model_class.__name__} cannot be built: {error}") from None
+    if is_trained(model) and not has_recipe(cfg):
+        raise UserError(
+            f"{model_class.__name__} has weights to train, but its Config has no recipe: give it lr, "
+            f"weight_decay, batch_size, epochs, patience and prefixes"
+        )
+    return model
+
+
+def is_trained(model) -> bool:
+    return any(weight.requires_grad for weight in model.parameters())
+
+
+def seed_everything(*numbers):
+    """Start Python's, numpy's and torch's generators from a few integers, such as (seed, stage, epoch)."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ------------------------------------------------------------------ the state of a run
+
+@dataclass
+class Progress:
+    """How far a stage has come."""
+    stage: str
+    epoch: int = 0            # the last one that is finished
+    best: float = -1.0        # validation metric ...
+    best_epoch: int = 0       # ... and its epoch
+    seconds: float = 0.0
+
+    def is_before(self, stage, epoch=0) -> bool:
+        """Whether this is earlier than an epoch of a stage."""
+        return (STAGES.index(self.stage), self.epoch) < (STAGES.index(stage), epoch)
+
+
+@dataclass
+class Saved:
+    """What state.safetensors holds of an interrupted run."""
+    progress: Progress
+    tensors: dict
+
+    def has_finished(self, stage) -> bool:
+        return STAGES.index(self.progress.stage) > STAGES.index(stage)
+
+    def is_inside(self, stage) -> bool:
+        return self.progress.stage == stage
+
+    def restore(self, model, optimizer):
+        """Put the weights and the optimiser's state back."""
+        weights = {}
+        state = {}
+        for key, tensor in self.tensors.items():
+            kind, name = key.split(".", 1)
+            if kind == "model":
+                weights[name] = tensor
+            else:
+                number, name = name.split(".")
+                state.setdefault(int(number), {})[name] = tensor
+        model.load_state_dict(weights)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_state(folder, model, optimizer, progress):
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, tensor in values.items():
+            tensors[f"optimizer.{number}.{name}"] = tensor
+    save_tensors(folder / "state.safetensors", tensors, dataclasses.asdict(progress))
+
+
+def saved_state(folder):
+    """What an interrupted run has left, its log cut back to it; None where nothing was left."""
+    path = folder / "state.safetensors"
+    saved = None
+    if path.is_file():
+        tensors, progress = load_tensors(path)
+        saved = Saved(Progress(**progress), tensors)
+    cut_log(folder / "log.jsonl", saved)
+    return saved
+
+
+def cut_log(path, saved):
+    """Drop what the log says of epochs after the saved state: they are trained again."""
+    kept = []
+    if saved and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:    # the line that was being written when the run was killed
+                break
+            if not saved.progress.is_before(row["stage"], row["epoch"]):
+                kept.append(line + "\n")
+    with atomic(path) as file:
+        file.writelines(kept)
+
+
+def append_log(folder, line):
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_log(folder) -> list:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def load_weights(model, path):
+    """Raises UserError where the file holds other weights than the model has."""
+    try:
+        model.load_state_dict(load_tensors(path)[0])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"{path} holds other weights than the model has ({reason}): train again"
+        ) from None
+
+
+# ------------------------------------------------------------------ the folder of a run
+
+def settings_of(job, seed) -> dict:
+    """What config.json keeps: all that decides a run's numbers."""
+    args = job.args
+    return {
+        "model": args.model,
+        "model_file": args.model_file,
+        "data": str(job.dataset.folder.resolve()),
+        "seed": seed,
+        "split": args.split,
+        "text": args.text,
+        "image": args.image,
+        "mask_history": args.mask_history,
+        "clip_norm": args.clip_norm,
+        "train_share": args.train_share,
+        "pretrain_data": args.pretrain_data,
+        "cold_start": args.cold_start,
+        "init": args.init,
+        "encoders": encoders_of(job.module, job.cfg, job.dataset, args),
+        "widths": widths_of(job.catalog),
+        "config": dataclasses.asdict(job.cfg),
+        "sequences_sha256": job.dataset.about["sequences_sha256"],
+    }
+
+
+@contextmanager
+def run_folder(folder, settings, resume):
+    """The run's folder, made ready, and this process alone in it. --resume needs the same settings.
+
+    An earlier run there is renamed, never overwritten; it gets its name back from a run that is refused
+    in its first epoch.
+    """
+    aside = None
+    if resume and (folder / "config.json").is_file():
+        refuse_other_settings(folder, settings)
+    else:
+        if folder.exists():
+            with alone_in(folder, wait=False):
+                aside = set_aside(folder)
+            print(f"an earlier run is now {aside}")
+        write_json(folder / "config.json", settings)
+    with alone_in(folder, wait=False):
+        try:
+            yield
+        except UserError:
+            log = folder / "log.jsonl"
+            begun = log.is_file() and log.stat().st_size
+            if aside and not begun:
+                shutil.rmtree(folder)
+                aside.rename(folder)
+                print(f"{aside} is {folder} again")
+            raise
+
+
+def refuse_other_settings(folder, settings):
+    """Raises UserError where a run was begun with other settings."""
+    before = read_json(folder / "config.json")
+    now = {**settings, **settings["config"]}
+    before = {**before, **before.get("config", {})}
+    changed = [name for name in now if name != "config" and before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"{folder} was begun with other settings ({', '.join(changed)}): resume with the same "
+            f"command, or leave --resume out"
+        )
+
+
+@dataclass
+class Features:
+    """The encoders that a run was made with, as build_catalog reads them from the command line."""
+    text: str
+    image: str
+
+
+def open_run(folder, device=None):
+    """A finished run's folder -> (model with its best weights, dataset, cfg, device). Raises UserError."""
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{folder} holds no finished run (no model.safetensors): give a folder that train.py made"
+        )
+    settings = read_json(folder / "config.json")
+    module = load_model_file(settings["model_file"])
+    device = pick_device(device)
+    dataset = data.load(
+        settings["data"], split=settings["split"], train_share=settings["train_share"]
+    )
+    if dataset.about["sequences_sha256"] != settings["sequences_sha256"]:
+        raise UserError(
+            f"{folder} was trained on other data than {dataset.folder} holds now: train it again"
+        )
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    unknown = [name for name in settings["config"] if name not in fields]
+    if unknown:
+        raise UserError(
+            f"{folder} was made by another version of the model, which had the setting "
+            f"{unknown[0]}: train it again"
+        )
+    cfg = module.Config(**settings["config"])
+    features = Features(settings["text"], settings["image"])
+    catalog = build_catalog(module, dataset, features, device)
+    align_widths([catalog], settings.get("widths", {}))
+    model = build(module.Model, cfg, catalog, device, settings["seed"])
+    load_weights(model, folder / "model.safetensors")
+    return model, dataset, cfg, device

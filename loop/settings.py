@@ -1,0 +1,277 @@
+"""Config <-> command line: model files, the contract they keep, and the flags of train.py.
+
+The command line of `--model mdsrec` is built from the fields of that file's Config, whose comments are the help
+texts; PRESETS of the file change defaults per data set, flags change both.
+"""
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+import extract_features
+from common.files import UserError
+
+FOLDER = Path(__file__).resolve().parents[1] / "models"
+MODELS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+
+
+# ------------------------------------------------------------------ model files
+
+def load_model_file(name):
+    """models/<name>.py, or any file given by its path -> module that keeps the contract.
+
+    Raises UserError.
+    """
+    path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
+    if not path.is_file():
+        raise UserError(
+            f"--model {name} is unknown: give one of {', '.join(MODELS)}, or the path of a model file"
+        )
+    spec = importlib.util.spec_from_file_location(f"models.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module    # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:    # somebody's file can fail in any way
+        line = getattr(error, "lineno", None) or line_in(error, path)
+        raise UserError(
+            f"{path} cannot be imported, {type(error).__name__} in line {line}: {error}"
+        ) from None
+    check_contract(module, path)
+    return module
+
+
+def line_in(error, path):
+    """The last line of a file that an exception passed through."""
+    lines = [0]
+    trace = error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return lines[-1]
+
+
+# ------------------------------------------------------------------ the contract of models/README.md
+
+CATALOG_KEYS = (
+    "n_items", "text", "image", "has_text", "has_image", "sentences", "sentences_mask", "pictures",
+    "pictures_mask", "lang", "train_seqs", "titles", "image_paths",
+)
+METHODS = ("__init__", "forward", "encode_items", "score")
+RECIPE = {    # what training needs of a Config: all of it, or nothing where nothing is trained
+    "lr": float,
+    "weight_decay": float,
+    "batch_size": int,
+    "epochs": int,
+    "patience": int,
+    "prefixes": bool,
+}
+OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("constant", "step", "linear", "cosine")
+ROWS = ("sequences", "prefixes", "items")    # what a Pretrain can be trained on
+
+
+def check_contract(module, path):
+    """Raises UserError, in one sentence, for everything that a model file lacks or has wrong."""
+    faults = []
+    for name in ("Config", "Model", "READS"):
+        if not hasattr(module, name):
+            faults.append(name)
+    if hasattr(module, "READS"):
+        faults += faults_of_reads(module.READS)
+    if hasattr(module, "Config"):
+        faults += faults_of_config(module)
+    if hasattr(module, "Model"):
+        faults += faults_of_class(module.Model, "Model", METHODS)
+    if hasattr(module, "Pretrain"):
+        faults += faults_of_pretrain(module)
+    if faults:
+        raise UserError(
+            f"{path} lacks, or has in another form than the loop needs: {'; '.join(faults)}. "
+            f"models/README.md says what a model file has"
+        )
+
+
+def faults_of_reads(reads):
+    if isinstance(reads, str) or not isinstance(reads, (tuple, list)):
+        return ['READS as a tuple of catalog keys, such as ("text",)']
+    return [f"a catalog key {key}" for key in reads if key not in CATALOG_KEYS]
+
+
+def faults_of_config(module):
+    """Missing fields, fields without default or of a type that no flag can have, wrong presets."""
+    if not dataclasses.is_dataclass(module.Config):
+        return ["Config as a dataclass"]
+    faults = []
+    try:
+        hints = get_type_hints(module.Config)
+    except NameError as error:
+        return [f"Config with types that exist ({error})"]
+    flags = {action.dest for action in train_flags()._actions}
+    fields = {field.name: field for field in dataclasses.fields(module.Config)}
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING:
+            faults.append(f"Config.{name} with a default")
+        if hints[name] not in (int, float, str, bool) and get_origin(hints[name]) is not Literal:
+            faults.append(f"Config.{name} as int, float, str, bool or Literal")
+        if name in flags:
+            faults.append(f"another name for Config.{name}, which is a flag of train.py")
+    wanted = {"max_len": int}
+    if fields.keys() & RECIPE.keys() or hasattr(module, "Pretrain"):
+        wanted |= RECIPE
+    if hasattr(module, "Pretrain"):
+        wanted["pretrain_epochs"] = int
+    for name, kind in wanted.items():
+        if name not in fields:
+            faults.append(f"Config.{name} ({kind.__name__})")
+    for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if name in fields and fields[name].default not in choices:
+            faults.append(f"Config.{name} as one of {', '.join(choices)}")
+    for preset, settings in getattr(module, "PRESETS", {}).items():
+        unknown = [name for name in settings if name not in fields]
+        if unknown:
+            faults.append(f"Config.{unknown[0]}, which the preset {preset} sets")
+    return faults
+
+
+def faults_of_class(kind, name, methods):
+    """Methods that a class does not define."""
+    if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
+        return [f"{name} as a class, a torch.nn.Module"]
+    return [
+        f"{name}.{method}" for method in methods
+        if getattr(kind, method, None) in (None, getattr(nn.Module, method, None))
+    ]
+
+
+def faults_of_pretrain(module):
+    faults = faults_of_class(module.Pretrain, "Pretrain", ("__init__", "forward"))
+    if getattr(module.Pretrain, "rows", None) not in ROWS:
+        faults.append(f"Pretrain.rows as one of {', '.join(ROWS)}")
+    if hasattr(module, "Model") and not hasattr(module.Model, "init_from"):
+        faults.append("Model.init_from, which takes over the weights of Pretrain")
+    return faults
+
+
+def has_recipe(cfg) -> bool:
+    """Whether a Config says how to train."""
+    return hasattr(cfg, "lr")
+
+
+# ------------------------------------------------------------------ the command line
+
+def train_flags():
+    """The flags of train.py that every model shares."""
+    parser = argparse.ArgumentParser(
+        description="Train and test one model on one data set.",
+        epilog="With --model NAME --help, also the model's own settings.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help=f"{', '.join(MODELS)}, or the path of a model file")
+    extract_features.add_arguments(parser)
+    add("--seed", type=int, default=0, help="seed of weights, order and dropout (default: 0)")
+    add("--seeds", help="several seeds, such as 0,1,2: runs each, prints mean and standard deviation")
+    add("--mask_history", action="store_true", help="select the epoch by masked validation metrics")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--clip_norm", type=float, default=5.0, help="largest gradient norm (default: 5)")
+    add("--pretrain_data", "--pretrain-data",
+        help="pre-train on other data sets than --data, one or several: A,B")
+    add("--cold_start", action="store_true",
+        help="pre-train without cold items; with --use_id false as well, the whole setting")
+    add("--init", help="start from the weights of another run's folder, instead of pre-training")
+    add("--out", default="runs", help="folder for run folders (default: runs)")
+    add("--resume", action="store_true", help="go on where the same command was interrupted")
+    return parser
+
+
+def parse(argv=None):
+    """Command line -> (args, model module). Flags that are not known end with exit code 2."""
+    parser = train_flags()
+    parser.add_argument("-h", "--help", action="help")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model")
+    name = first.parse_known_args(argv)[0].model
+    module = None
+    if name is not None:
+        module = load_model_file(name)
+        add_settings(parser.add_argument_group(f"settings of {name}"), module.Config)
+    args = parser.parse_args(argv)
+    args.model = Path(name).stem
+    args.model_file = str(Path(name).resolve()) if name.endswith(".py") else name
+    return args, module
+
+
+def add_settings(group, config):
+    """One flag per field of a Config; the comment beside a field is its help text."""
+    lines = inspect.getsource(config)
+    comments = dict(re.findall(r"^ +(\w+):.*?# *(.+)$", lines, re.MULTILINE))
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind, shown, choices = hints[field.name], "", None
+        if get_origin(kind) is Literal:
+            choices = get_args(kind)
+            kind, shown = type(choices[0]), None
+        text = f"{comments.get(field.name, '')} (default: {field.default})"
+        group.add_argument(
+            f"--{field.name}",
+            type=boolean if kind is bool else kind,
+            choices=choices,
+            default=None,
+            metavar=shown,
+            help=text.replace("%", "%%"),
+        )
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def configure(module, args, data_name):
+    """Config: its defaults, changed by PRESETS for the data set, changed by flags.
+
+    Raises UserError for a setting that makes no sense.
+    """
+    fields = [field.name for field in dataclasses.fields(module.Config)]
+    preset = getattr(module, "PRESETS", {}).get(data_name.removesuffix("-folder"), {})
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    used = ", ".join(f"{name} {value}" for name, value in preset.items() if name not in given)
+    if used:
+        print(f"settings for {data_name}: {used}")
+    try:
+        return module.Config(**{**preset, **given})
+    except ValueError as error:
+        flag = "--" if str(error).split()[0] in fields else ""
+        raise UserError(f"{flag}{error}") from None
+
+
+def seeds_of(args) -> list:
+    """The seeds of --seeds, else the one of --seed. Raises UserError."""
+    if args.seeds is None:
+        if args.seed < 0:
+            raise UserError(f"--seed {args.seed} must not be negative")
+        return [args.seed]
+    texts = args.seeds.split(",")
+    if not all(text.strip().isdecimal() for text in texts):
+        raise UserError(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2")
+    seeds = [int(text) for text in texts]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {args.seeds} names a seed twice: give each once")
+    return seeds
+
+
+def check_flags(args):
+    """Raises UserError for values of the shared flags that make no sense."""
+    if not args.clip_norm > 0:
+        raise UserError(f"--clip_norm {args.clip_norm} must be above 0")
