@@ -2,14 +2,14 @@
 
     python data.py NAME_OR_FOLDER        prepares a data set and prints its statistics
 
-Everything is a few integer tensors: all users' items in one flat row, and for each training row or evaluated
-user the place where its input begins and ends. A batch is then an index: no Python per row, no copy to the
-device in the loop.
+Everything is a few integer tensors: all users' items in one flat row, and for each training row or
+evaluated user the place where its input begins and ends. A batch is then an index: no Python per
+row, no copy to the device in the loop.
 
-Split (leave-one-out): a user's last item is the test target, the one before it the validation target; the
-test input includes the validation item. Users with fewer than 3 items are trained on and never evaluated.
-`temporal`: one cut in time for all users at 80 % and 90 % of the interactions; the targets are each user's
-first item after a cut.
+Split (leave-one-out): a user's last item is the test target, the one before it the validation
+target; the test input includes the validation item. Users with fewer than 3 items are trained on
+and never evaluated. `temporal`: one cut in time for all users at 80 % and 90 % of the
+interactions; the targets are each user's first item after a cut.
 """
 import argparse
 import json
@@ -30,7 +30,7 @@ COLD = 10      # an item with fewer training occurrences is cold
 WINDOW = 32    # rows are shuffled, then sorted by length inside windows of so many batches
 
 
-# ------------------------------------------------------------------ a data set
+# ---------------- a data set
 
 @dataclass(eq=False)
 class Data:
@@ -46,9 +46,10 @@ class Data:
     n_items: int
     split: str
     train_share: float = 1.0   # share of the users whose training parts are used; all are evaluated
-    train_end: np.ndarray = field(init=False)    # (n_users,) where each training part ends in `flat`
-    targets: dict = field(init=False)            # "valid", "test" -> (n_users,) place of the target
-                                                 # in `flat`, -1 = none
+    # (n_users,) where each training part ends in `flat`
+    train_end: np.ndarray = field(init=False)
+    # "valid", "test" -> (n_users,) place of the target in `flat`, -1 = none
+    targets: dict = field(init=False)
 
     def __post_init__(self):
         self.train_end, valid, test = SPLITS[self.split](self)
@@ -86,7 +87,7 @@ class Data:
 
     @property
     def texts(self) -> list:
-        """All the words of each item: title, then sentences, joined by a full stop; texts[0] is ""."""
+        """All the words of each item, title first, joined by full stops; texts[0] is ""."""
         return [". ".join(filter(None, [item["title"], *item["text"]])) for item in self.items]
 
     @cached_property
@@ -212,8 +213,8 @@ def counters(lengths):
     return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
-# ------------------------------------------------------------------ splits
-# each: Data -> where the training parts end, the validation targets, the test targets, places in `flat`
+# ---------------- splits
+# each: Data -> ends of the training parts, validation targets, test targets: places in `flat`
 
 def leave_one_out(dataset):
     begin, end = dataset.offsets[:-1], dataset.offsets[1:]
@@ -247,7 +248,7 @@ def temporal(dataset):
 SPLITS = {"leave_one_out": leave_one_out, "temporal": temporal}
 
 
-# ------------------------------------------------------------------ rows and batches
+# ---------------- rows and batches
 
 class Rows:
     """Rows of a data set on a device. Row r reads `flat[start[r]:end[r]]`; its last target is
@@ -276,8 +277,8 @@ class Rows:
     def batch(self, index, length) -> dict:
         """{"user": (B,), "seq": (B, length), "target": (B, length)}, int64 on the device.
 
-        seq is left-padded with 0; target is the item after each. index: (B,) row numbers on the device.
-        length: of the longest of these rows.
+        seq is left-padded with 0; target is the item after each. index: (B,) row numbers on the
+        device. length: of the longest of these rows.
         """
         place = self.end[index, None] - length + torch.arange(length, device=index.device)
         real = place >= self.start[index, None]
@@ -295,11 +296,12 @@ class Rows:
         return torch.where(real, self.flat[place.clamp(min=0)], 0)
 
     def epoch(self, batch_size, rng):
-        """Batches of one epoch in random order, rows of similar length together, each trimmed to its
-        longest row. rng: numpy Generator. Yields (batch, row numbers on the host).
+        """Batches of one epoch in random order, rows of similar length together, each trimmed to
+        its longest row. rng: numpy Generator. Yields (batch, row numbers on the host).
 
-        For "sequences" the batches have equal numbers of targets, those of `batch_size` rows of mean
-        length, so that a target weighs the same in a batch of short rows; else equal numbers of rows.
+        For "sequences" the batches have equal numbers of targets, those of `batch_size` rows of
+        mean length, so that a target weighs the same in a batch of short rows; else equal numbers
+        of rows.
         """
         order = self.shuffled(batch_size, rng)
         weight = self.lengths if self.kind == "sequences" else np.ones(len(self), np.int64)
@@ -314,7 +316,7 @@ class Rows:
             yield self.batch(on_device[part], int(self.lengths[rows].max())), rows
 
     def shuffled(self, batch_size, rng):
-        """All row numbers in random order, then sorted by length inside windows of WINDOW batches."""
+        """All row numbers in random order, sorted by length inside windows of WINDOW batches."""
         order = rng.permutation(len(self))
         windows = np.array_split(order, max(1, len(order) // (WINDOW * batch_size)))
         windows = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
@@ -342,10 +344,12 @@ class ItemRows:
             yield {"item": on_device[part]}, order[part]
 
 
-# ------------------------------------------------------------------ loading
+# ---------------- loading
 
-def load(where, root="data", split="leave_one_out", core=None, mirror=None, by=None, train_share=1.0):
-    """Known name, folder of raw files or processed folder -> Data; prepares what is not prepared yet.
+def load(
+    where, root="data", split="leave_one_out", core=None, mirror=None, by=None, train_share=1.0
+):
+    """Known name, folder of raw files or processed folder -> Data; prepares what is not prepared.
 
     Raises UserError.
     """
@@ -398,7 +402,7 @@ def load_for(args) -> Data:
     )
 
 
-# ------------------------------------------------------------------ statistics
+# ---------------- statistics
 
 def statistics(dataset) -> dict:
     """What a paper's data table prints, as exact integers; shares are given as (part, whole)."""

@@ -1,10 +1,10 @@
-"""Ranks -> metrics. Full ranking over all items, ties against the target, column 0 (padding) never ranked.
+"""Ranks -> metrics. Full ranking over all items, ties against the target, padding never ranked.
 
-    python evaluate.py runs/mdsrec-demo-0                     the same numbers as the training run printed
-    python evaluate.py runs/mdsrec-demo-0 runs/sasrec-demo-0  and the paired difference between two runs
+    python evaluate.py runs/mdsrec-demo-0                     the numbers that the training printed
+    python evaluate.py runs/mdsrec-demo-0 runs/sasrec-demo-0  and the paired difference of two runs
 
-One target per user, so Recall@K = HR@K. Every number exists twice: over all items, and `masked`, where the items
-of the user's own history are left out of the ranking (the target itself never is).
+One target per user, so Recall@K = HR@K. Every number exists twice: over all items, and `masked`,
+where the items of the user's own history are left out of the ranking (the target itself never is).
 """
 import argparse
 import math
@@ -23,7 +23,7 @@ KS = (5, 10, 20, 50)
 HISTORY = ((1, 4), (5, 9), (10, 19), (20, None))    # groups of history length
 
 
-# ------------------------------------------------------------------ ranks and metrics
+# ---------------- ranks and metrics
 
 def items_that_beat(scores, target):
     """(B, N+1) bool: which other items score at least as high as the target. Raises ValueError."""
@@ -39,8 +39,8 @@ def items_that_beat(scores, target):
 def rank_of_target(scores, target, seen=None) -> torch.Tensor:
     """Rank of each row's target among all items: (B,) int64, 0 = best. Every tie counts against it.
 
-    scores: (B, N+1) finite, column j = item j; column 0 is padding and is never counted.
-    target: (B,) int64 in 1..N. seen: (B, M) int64 ids to leave out of the ranking, 0 = none, repeats
+    scores: (B, N+1) finite, column j = item j; column 0 is padding and is never counted. target:
+    (B,) int64 in 1..N. seen: (B, M) int64 ids to leave out of the ranking, 0 = none, repeats
     allowed; the target itself is never left out. Raises ValueError for a score that is not finite.
     """
     beats = items_that_beat(scores, target)
@@ -50,7 +50,7 @@ def rank_of_target(scores, target, seen=None) -> torch.Tensor:
 
 
 def metrics(ranks, ks=KS) -> dict:
-    """{"recall@k", "ndcg@k", "mrr@k"} as means over users; one relevant item each (HR@k = recall@k).
+    """{"recall@k", "ndcg@k", "mrr@k"}, means over users with one relevant item (HR@k = recall@k).
 
     ranks: (U,) int, 0 = best. Inside the first k, NDCG@k = 1 / log2(rank + 2) and
     MRR@k = 1 / (rank + 1); else 0. Raises ValueError for no ranks at all: nothing has no mean.
@@ -69,7 +69,7 @@ def metrics(ranks, ks=KS) -> dict:
     return means
 
 
-# ------------------------------------------------------------------ a model on a data set
+# ---------------- a model on a data set
 
 @contextmanager
 def ranking(model):
@@ -127,12 +127,12 @@ def chunk_size(table, device, budget=None) -> int:
 def evaluate(model, dataset, cfg, split, device) -> dict:
     """Full-ranking evaluation of one split ("valid" or "test").
 
-    Returns the metrics over all evaluated users, and under "masked" the same with histories masked,
-    "groups" and "groups_masked" (name -> {"users": n, metrics}), "users" (how many), "ranks" and
-    "ranks_masked" (users,) int64 arrays. Groups: cold (fewer than 10 training occurrences of the
-    target) and warm, length of the input history, target with and without text and picture.
-    model: the contract's encode_items and score. cfg: needs max_len. Raises UserError for scores that
-    are not finite.
+    Returns the metrics over all evaluated users, and under "masked" the same with histories
+    masked, "groups" and "groups_masked" (name -> {"users": n, metrics}), "users" (how many),
+    "ranks" and "ranks_masked" (users,) int64 arrays. Groups: cold (fewer than 10 training
+    occurrences of the target) and warm, length of the input history, target with and without text
+    and picture. model: the contract's encode_items and score. cfg: needs max_len. Raises UserError
+    for scores that are not finite.
     """
     rows = dataset.evaluated_rows(split, cfg.max_len, device)
     try:
@@ -196,8 +196,8 @@ def summary(result) -> dict:
 def examples(model, dataset, cfg, device, users=8, seed=0) -> list:
     """What some test users, drawn at random, got.
 
-    -> [{"history": item ids, the oldest first, "target": id, "rank": 0 = best, "top": the five items
-    ranked first}]
+    -> [{"history": item ids, the oldest first, "target": id, "rank": 0 = best, "top": the five
+    items ranked first}]
     """
     rows = dataset.evaluated_rows("test", cfg.max_len, device)
     drawn = np.random.default_rng(seed).permutation(len(rows))[:users]
@@ -217,14 +217,14 @@ def examples(model, dataset, cfg, device, users=8, seed=0) -> list:
     ]
 
 
-# ------------------------------------------------------------------ what is printed
+# ---------------- what is printed
 
 PLAIN = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")    # columns of the table
 MASKED = ("recall@10", "ndcg@10")
 
 
 def table(label, summaries) -> str:
-    """The table a run ends with: overall, then by group; mean ± sd where there are several seeds."""
+    """The table a run ends with: overall, then by group; mean ± sd of several seeds."""
     width = 11 if len(summaries) == 1 else 17
 
     def cell(values):
@@ -254,8 +254,8 @@ def demo_scale(dataset, label, result) -> str:
     """Lines that place a run on the demo shop between popularity and its oracle; "" for other data.
 
     All by masked ranking, since nothing is bought twice there. The oracle knows the shop's
-    probabilities; a view is an oracle that cannot see pictures, or texts. It is a bound in expectation:
-    on 3,000 users chance moves it by +-0.01.
+    probabilities; a view is an oracle that cannot see pictures, or texts. It is a bound in
+    expectation: on 3,000 users chance moves it by +-0.01.
     """
     if not (dataset.folder / "oracle.npz").is_file():
         return ""
@@ -277,17 +277,18 @@ def demo_scale(dataset, label, result) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------ two runs
+# ---------------- two runs
 
 def paired(a, b, k=10, draws=10_000, seed=0) -> dict:
     """Paired bootstrap over users of the difference in NDCG@k between two runs' ranks.
 
-    a, b: (U,) ranks of the same users in the same order -> {"difference", "low", "high"}; low and high
-    bound the 95 % interval. Raises ValueError.
+    a, b: (U,) ranks of the same users in the same order -> {"difference", "low", "high"}; low and
+    high bound the 95 % interval. Raises ValueError.
     """
     if len(a) != len(b):
         raise ValueError(
-            f"the runs rank {len(a)} and {len(b)} users: only runs on the same data set can be compared"
+            f"the runs rank {len(a)} and {len(b)} users: only runs on the same data set can be "
+            f"compared"
         )
     difference = gain(a, k) - gain(b, k)
     rng = np.random.default_rng(seed)
@@ -320,7 +321,8 @@ def main():
         made_on.append((dataset.about["sequences_sha256"], dataset.split))
     if len(ranks) == 2:
         if made_on[0] != made_on[1]:
-            raise UserError(f"{args.runs[0]} and {args.runs[1]} are runs on different data or splits")
+            both = " and ".join(args.runs)
+            raise UserError(f"{both} are runs on different data or splits: give runs on the same")
         found = paired(*ranks)
         print(f"\nNDCG@10 of the first minus the second: {found['difference']:+.4f}, "
               f"95 % interval {found['low']:+.4f} to {found['high']:+.4f} "

@@ -1,19 +1,22 @@
-"""Titles and pictures -> frozen features, made once: `data/<name>/features/<modality>-<encoder>.safetensors`.
+"""Titles and pictures -> frozen features, made once, in `data/<name>/features/`.
 
     python extract_features.py --data demo --text hash --image pixels
     python extract_features.py --data pantry --text sentence-transformers/all-mpnet-base-v2
 
 train.py does this by itself where features are missing. Encoders are
 
-    hash, pixels                    built in: they need no download, and are the defaults of the demo shops
-    microsoft/swin-base-...         a Hugging Face text or vision model: its name there, or a folder
-    ViT-B-32:laion2b_s34b_b79k      an open_clip model and its weights' tag or checkpoint file; also hf-hub: and local-dir:
-    keywords:CLIP                   for pictures, as MSM4SR has them: the 15 words of the data set that are nearest to the
-                                    picture in the space of the encoder CLIP, read as a sentence by the text encoder
+    hash, pixels                  built in: they need no download; the defaults of the demo shops
+    microsoft/swin-base-...       a Hugging Face text or vision model: its name there, or a folder
+    ViT-B-32:laion2b_s34b_b79k    an open_clip model and its weights' tag or checkpoint file; also
+                                  hf-hub: and local-dir:
+    keywords:CLIP                 for pictures, as MSM4SR has them: the 15 words of the data set
+                                  that are nearest to the picture in the space of the encoder
+                                  CLIP, read as a sentence by the text encoder
 
-Every sentence (title first, then the other texts, 10 at most) and every picture (10 at most; of an animation or
-a folder of frames the mean over 10 frames, FMMS-Rec eq. 1) gets a vector of its own, each distinct one once; an
-item's `text` and `image` are the means. Work is saved part by part, so a killed run continues.
+Every sentence (title first, then the other texts, 10 at most) and every picture (10 at most; of an
+animation or a folder of frames the mean over 10 frames, FMMS-Rec eq. 1) gets a vector of its own,
+each distinct one once; an item's `text` and `image` are the means. Work is saved part by part, so
+a killed run continues.
 """
 import argparse
 import json
@@ -28,11 +31,23 @@ from tqdm import tqdm
 import data
 from common.encoders import BUILT_IN, open_encoder
 from common.features import (
-    KEYS, about_features, catalog_of, feature_path, read_features, write_features,
+    KEYS,
+    about_features,
+    catalog_of,
+    feature_path,
+    read_features,
+    write_features,
 )
 from common.files import (
-    UserError, alone_in, command, keys_sha256, load_tensors, pick_device, read_json, save_tensors,
-    set_aside, write_json,
+    alone_in,
+    command,
+    keys_sha256,
+    load_tensors,
+    pick_device,
+    read_json,
+    save_tensors,
+    set_aside,
+    write_json,
 )
 
 CLIP = "ViT-B-32:laion2b_s34b_b79k"    # the default for everything but the demo shops
@@ -45,14 +60,14 @@ PART = {"text": 4096, "image": 1024}   # inputs whose vectors are saved together
 END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9À-Þ])|(?<=[。！？])")    # of a sentence
 
 
-# ------------------------------------------------------------------ what train.py asks for
+# ---------------- what train.py asks for
 
 def features(dataset, modality, text=None, image=None, device=None, reads=None) -> dict:
-    """The catalog keys of one modality ("text" or "image") as tensors; makes them where they are missing.
+    """The catalog keys of one modality ("text" or "image") as tensors, made where they are missing.
 
     text, image: encoders; None = the features that came with the data, else the default one.
-    reads: the keys wanted; None = all four. Raises UserError for an encoder that cannot be loaded, and
-    for a feature file that is damaged or belongs to other items.
+    reads: the keys wanted; None = all four. Raises UserError for an encoder that cannot be loaded,
+    and for a feature file that is damaged or belongs to other items.
     """
     encoder = encoders(dataset, text, image)[modality]
     path = feature_path(dataset.folder, modality, encoder)
@@ -92,10 +107,10 @@ def keys_of(dataset) -> list:
     return [item["key"] for item in dataset.items[1:]]
 
 
-# ------------------------------------------------------------------ what is encoded
+# ---------------- what is encoded
 
 def inputs_of(dataset, modality):
-    """(which inputs each item 1..N has, by number; the distinct inputs: sentences, or picture paths)"""
+    """(which inputs each item 1..N has, by number; the distinct sentences or picture paths)"""
     lists = sentences_of if modality == "text" else dataset.image_paths
     of_items = [lists(item)[:MOST] for item in dataset.items[1:]]
     distinct = list(dict.fromkeys(x for inputs in of_items for x in inputs))
@@ -123,7 +138,7 @@ def fingerprint(inputs, modality) -> str:
     return keys_sha256(named)
 
 
-# ------------------------------------------------------------------ encoding, part by part
+# ---------------- encoding, part by part
 
 def extract(dataset, modality, encoder, device):
     """Encode one modality of all items and write its feature file. Raises UserError."""
@@ -162,9 +177,9 @@ def say_what_failed(dataset, encoder, vectors, failures, path):
 def in_parts(folder, encode, inputs, size, made_of):
     """encode(inputs) -> (vectors, failures, texts cut), part by part; those in `folder` are kept.
 
-    Inputs of similar length lie in one part, the longest first. made_of: what fixes the numbers; parts
-    made of something else are removed. Returns the vectors (len(inputs), D) in the order of the inputs,
-    the failures {input: reason}, and how many texts were cut.
+    Inputs of similar length lie in one part, the longest first. made_of: what fixes the numbers;
+    parts made of something else are removed. Returns the vectors (len(inputs), D) in the order of
+    the inputs, the failures {input: reason}, and how many texts were cut.
     """
     made_of = json.loads(json.dumps(made_of))    # as it is read back: a tuple is a list there
     note = folder / "about.json"
@@ -189,7 +204,7 @@ def in_parts(folder, encode, inputs, size, made_of):
     return vectors, failures, cut
 
 
-# ------------------------------------------------------------------ the command line
+# ---------------- the command line
 
 def add_arguments(parser):
     """The flags that say which data and which encoders."""
@@ -197,12 +212,12 @@ def add_arguments(parser):
     parser.add_argument(
         "--text",
         help=f"text encoder: hash, a Hugging Face model, or an open_clip model such as {CLIP} "
-             f"(default: the features that came with the data, else {CLIP}; for the demo shops hash)",
+             f"(default: the features that came with the data, else {CLIP}; for demo shops hash)",
     )
     parser.add_argument(
         "--image",
-        help="image encoder: pixels, a Hugging Face model, an open_clip model, or keywords: and one "
-             "that has texts and pictures in one space (default: as for --text; for the demo shops "
+        help="image encoder: pixels, a Hugging Face model, an open_clip model, or keywords: and "
+             "one that has texts and pictures in one space (default: as for --text; for demo shops "
              "pixels)",
     )
 

@@ -1,8 +1,8 @@
 """The loop, one for every model: `python train.py --model mdsrec --data demo`.
 
-Read from the top: the command, a seed, its stages, a stage, an epoch, a step. `--model mdsrec --help` shows every
-setting with its default. What a run leaves behind lies in `runs/<model>-<data>-<seed>/`; loop/runs.py says what is
-there and how a run is resumed.
+Read from the top: the command, a seed, its stages, a stage, an epoch, a step. `--model mdsrec
+--help` shows every setting with its default. What a run leaves behind lies in its folder under
+`runs/`; loop/runs.py says what is there and how a run is resumed.
 """
 import math
 import sys
@@ -17,7 +17,14 @@ from tqdm import tqdm
 import data
 import evaluate
 from common.files import (
-    UserError, atomic, command, load_tensors, pick_device, precision, read_json, save_tensors,
+    UserError,
+    atomic,
+    command,
+    load_tensors,
+    pick_device,
+    precision,
+    read_json,
+    save_tensors,
     write_json,
 )
 from loop import runs, settings
@@ -36,7 +43,7 @@ SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 
 }
 
 
-# ------------------------------------------------------------------ the command
+# ---------------- the command
 
 def main():
     args, module = settings.parse()
@@ -72,7 +79,7 @@ class Stage:
 
 
 def plan(job):
-    """The stages that the model file asks for, and the weights that the first one starts from, or None.
+    """The stages that the model file asks for, and the weights that the first starts from, or None.
 
     Raises UserError where there is nothing to train on.
     """
@@ -121,15 +128,15 @@ def refuse_empty(job, stages):
     for stage in stages:
         if stage.epochs and not len(stage.rows):
             raise UserError(
-                f"{stage.dataset.name} has no training rows under --split {dataset.split}: it needs "
-                f"users with more interactions"
+                f"{stage.dataset.name} has no training rows under --split {dataset.split}: it "
+                f"needs users with more interactions"
             )
 
 
-# ------------------------------------------------------------------ a seed
+# ---------------- a seed
 
 def run_seed(job, stages, weights, seed) -> dict:
-    """Train and test one seed in its own folder, and print what came of it -> metrics.json's content."""
+    """Train and test one seed in its own folder; print and return what metrics.json holds."""
     folder = Path(job.args.out) / f"{job.args.model}-{job.dataset.name}-{seed}"
     with runs.run_folder(folder, runs.settings_of(job, seed), job.args.resume):
         if job.args.resume and (folder / "metrics.json").is_file():
@@ -176,13 +183,13 @@ def train_and_test(job, stages, weights, seed, folder) -> dict:
     return result
 
 
-# ------------------------------------------------------------------ its stages
+# ---------------- its stages
 
 def train(job, stages, weights, seed, folder):
     """All stages of one seed, continued where an interrupted run stopped.
 
-    weights: of --init, or None. Returns the model with its best weights, and the Progress of the last
-    stage.
+    weights: of --init, or None. Returns the model with its best weights, and the Progress of the
+    last stage.
     """
     saved = runs.saved_state(folder)
     for stage in stages:
@@ -216,7 +223,7 @@ def start_from(model, weights, job):
         ) from None
 
 
-# ------------------------------------------------------------------ a stage
+# ---------------- a stage
 
 def train_stage(job, stage, model, seed, folder, saved) -> Progress:
     """Train one stage to its end. saved: what an interrupted run has left, or None."""
@@ -295,7 +302,7 @@ def optimizer_of(model, cfg, lr):
     return OPTIMIZERS[kind](groups, lr=lr, weight_decay=cfg.weight_decay, fused=True)
 
 
-# ------------------------------------------------------------------ an epoch, a step
+# ---------------- an epoch, a step
 
 @dataclass
 class Trainer:
@@ -317,8 +324,8 @@ class Trainer:
 
 
 def train_epoch(trainer, rows, rng, where) -> dict:
-    """One pass over the rows; mean of each loss term by name. Raises UserError for a loss that is not
-    finite. where: what messages call this epoch."""
+    """One pass over the rows; mean of each loss term by name. Raises UserError for a loss that is
+    not finite. where: what messages call this epoch."""
     trainer.model.train()
     watch = Watch(trainer.device)
     batches = tqdm(
@@ -334,7 +341,7 @@ def train_epoch(trainer, rows, rng, where) -> dict:
 
 
 def train_step(trainer, batch, watch, users):
-    """One update of the weights; skipped, on the device, where the loss or gradient is not finite."""
+    """One update of the weights; skipped, on the device, if the loss or gradient is not finite."""
     with precision(trainer.device):
         terms = trainer.forward(batch)
         loss = sum(terms.values())
@@ -361,7 +368,7 @@ class Watch:
         self.bad_terms = None
 
     def step(self, terms, norm, users):
-        """0-d losses by name, the gradient norm -> 0-d float 1. where this step must be skipped, else 0."""
+        """0-d losses by name, the gradient norm -> 0-d float, 1 where this step must be skipped."""
         values = torch.stack([value.detach().float() for value in terms.values()])
         finite = values.isfinite()
         bad = ~(finite.all() & norm.isfinite())

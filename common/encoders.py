@@ -4,9 +4,10 @@ An encoder has `about`, what fixes its numbers, and
 
     encode(inputs) -> vectors float32 (n, D), failures {input: reason}, how many texts were cut
 
-where the inputs are sentences, or paths of pictures, of animations and of folders of frames. Two are built
-in and need no download: `hash` and `pixels`. transformers and open_clip are imported by the encoders that
-need them. No code that comes with a model is run, and weights are read from safetensors.
+where the inputs are sentences, or paths of pictures, of animations and of folders of frames. Two
+are built in and need no download: `hash` and `pixels`. transformers and open_clip are imported by
+the encoders that need them. No code that comes with a model is run, and weights are read from
+safetensors.
 """
 import re
 import unicodedata
@@ -53,7 +54,7 @@ def open_encoder(modality, name, device, texts=()):
     return kind(name, device)
 
 
-# ------------------------------------------------------------------ texts
+# ---------------- texts
 
 class HashedText:
     """The built-in text encoder: see `hash_text`."""
@@ -74,7 +75,8 @@ class TextModel:
         self.device = device
         self.tokenizer = hugging_face_part("AutoTokenizer", name)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        modules = {m["path"]: m["type"].rpartition(".")[2] for m in companion(name, "modules.json") or []}
+        listed = companion(name, "modules.json") or []
+        modules = {module["path"]: module["type"].rpartition(".")[2] for module in listed}
         strange = set(modules.values()) - {"Transformer", "Pooling", "Normalize"}
         if strange:
             raise UserError(
@@ -104,7 +106,8 @@ class TextModel:
             # as many as fit into the budget when all are padded to the longest of them
             size = max(1, TOKENS[self.device.type] // len(tokens[order[first]]))
             batch = order[first:first + size]
-            padded = self.tokenizer.pad({"input_ids": [tokens[i] for i in batch]}, return_tensors="pt")
+            rows_of_ids = {"input_ids": [tokens[i] for i in batch]}
+            padded = self.tokenizer.pad(rows_of_ids, return_tensors="pt")
             with precision(self.device):
                 pooled = self.pool(padded.to(self.device))
             if rows is None:
@@ -172,7 +175,7 @@ class OpenClipText:
         return torch.cat(rows).cpu().numpy(), {}, cut
 
 
-# ------------------------------------------------------------------ pictures
+# ---------------- pictures
 
 class Pictures:
     """Encodes pictures, which threads open ahead.
@@ -286,7 +289,7 @@ class OpenClipPictures(Pictures):
 
 
 class Keywords:
-    """A picture as the sentence of its nearest words in CLIP's space (MSM4SR section IV-A, eqs. 1-2).
+    """A picture as its nearest words in CLIP's space (MSM4SR section IV-A, eqs. 1-2).
 
     The paper does not define its dictionary: here, every word of three or more letters that occurs
     twice in the texts of the data set and is no function word (the paper it follows took nouns and
@@ -303,7 +306,8 @@ class Keywords:
                 f"the texts of the data set have {len(self.words)} words that occur twice, too few "
                 f"to describe pictures: give an --image encoder without keywords:"
             )
-        self.space = normalized(open_encoder("text", clip, device).encode(self.words)[0])    # (V, D)
+        vectors, _, _ = open_encoder("text", clip, device).encode(self.words)
+        self.space = normalized(vectors)    # (V, D)
         self.about = {
             "clip": self.pictures.about,
             "text": self.text.about,
@@ -326,11 +330,11 @@ class Keywords:
 
 
 FUNCTION_WORDS = set("""
-about above after again all also and any are because been before being below between both but can could
-did does doing down during each few for from further had has have having her here hers him his how into
-its itself just more most not now off once only other our ours out over own same she should some such
-than that the their theirs them then there these they this those through too under until very was were
-what when where which while who whom why will with would you your yours
+about above after again all also and any are because been before being below between both but can
+could did does doing down during each few for from further had has have having her here hers him his
+how into its itself just more most not now off once only other our ours out over own same she should
+some such than that the their theirs them then there these they this those through too under until
+very was were what when where which while who whom why will with would you your yours
 """.split())
 
 
@@ -338,7 +342,7 @@ def normalized(x):
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-# ------------------------------------------------------------------ loading models
+# ---------------- loading models
 
 def hugging_face(name, device):
     """AutoModel in float32, from safetensors only. Raises UserError where it lacks weights."""
@@ -366,7 +370,7 @@ def hugging_face_part(kind, name, **options):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:    # no such model, no network, a foreign format: each has its own type
+    except Exception as error:    # no such model, no network, a foreign format
         raise UserError(
             f"the encoder {name} cannot be loaded ({reason_of(error)}): give the name or folder of "
             f"a Hugging Face model, or a built-in encoder ({' or '.join(BUILT_IN.values())})"
@@ -398,9 +402,10 @@ def open_clip_model(name, device):
         import open_clip
         from transformers import dynamic_module_utils
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0    # code of a text model: refused, not asked
-        model, prepare = open_clip.create_model_from_pretrained(architecture, weights, device=device)
+        create = open_clip.create_model_from_pretrained
+        model, prepare = create(architecture, weights, device=device)
         tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:    # not installed, no such architecture or tag, no network, a bad file
+    except Exception as error:    # not installed, no such tag, no network, a bad file
         raise UserError(
             f"the open_clip encoder {name} cannot be loaded ({reason_of(error)}): give "
             f"architecture:tag, architecture:checkpoint file, or a built-in encoder "
@@ -419,7 +424,7 @@ def reason_of(error) -> str:
 
 
 def about_model(name, model, *packages, **more) -> dict:
-    """What fixes a model's numbers: the SHA-256 of weights on disk, else the name and the commit."""
+    """What fixes a model's numbers: the SHA-256 of weights on disk, else name and commit."""
     place = Path(name)
     if place.is_dir():
         files = sorted(place.glob("*.safetensors"))
@@ -434,7 +439,7 @@ def about_model(name, model, *packages, **more) -> dict:
     }
 
 
-# ------------------------------------------------------------------ what is built in
+# ---------------- what is built in
 
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"    # Japanese, Chinese, Korean
 RUN = re.compile(rf"([{CJK}]+)|([^\W_{CJK}]+)")
@@ -443,9 +448,10 @@ RUN = re.compile(rf"([{CJK}]+)|([^\W_{CJK}]+)")
 def hash_text(texts, dim=256):
     """Words of 4 or more letters, and every word's trigrams at weight .35. -> float32 (n, dim)
 
-    Chinese, Japanese and Korean runs give character bigrams, which stand in for words there. Each token
-    is a normal vector seeded by its crc32; they are summed and scaled to length 1. Nothing is learned
-    from the catalog, so two catalogs share one space. A text without a letter or digit is a zero row.
+    Chinese, Japanese and Korean runs give character bigrams, which stand in for words there. Each
+    token is a normal vector seeded by its crc32; they are summed and scaled to length 1. Nothing
+    is learned from the catalog, so two catalogs share one space. A text without a letter or digit
+    is a zero row.
     """
     random = np.random.RandomState()    # seeding one again is far cheaper than making a new one
 
@@ -482,9 +488,9 @@ def weighted_tokens(text) -> Counter:
 def pixels(pictures, dim=128):
     """Simple looks of RGB pictures (PIL) of any size. -> float32 (n, dim)
 
-    Five blocks, each of length 1: a 12 x 12 thumbnail, a hue histogram, edge orientations, a silhouette
-    (what is colourful where), and the low frequencies of the middle; then one fixed random projection.
-    Nothing is learned.
+    Five blocks, each of length 1: a 12 x 12 thumbnail, a hue histogram, edge orientations, a
+    silhouette (what is colourful where), and the low frequencies of the middle; then one fixed
+    random projection. Nothing is learned.
     """
     window = (np.hanning(24)[:, None] * np.hanning(24)).astype(np.float32)
     features = []
@@ -510,7 +516,7 @@ def pixels(pictures, dim=128):
 
 
 def by_angle(angle, strength, turn, bins):
-    """Each pixel's strength, shared by the two bins nearest to its angle: (H, W) -> (H, W, bins)."""
+    """Each pixel's strength, shared by the two nearest bins: (H, W) -> (H, W, bins)."""
     ahead = (angle * np.float32(bins / turn))[..., None] - np.arange(bins, dtype=np.float32)
     apart = np.abs((ahead + bins / 2) % bins - bins / 2)
     return np.maximum(1 - apart, 0) * strength[..., None]

@@ -1,12 +1,12 @@
-"""The feature file: where it lies, how it is written, read and checked. The format stands here alone.
+"""The feature file: where it lies, how it is written, read and checked.
 
 `data/<name>/features/<modality>-<encoder>.safetensors` holds two tensors,
 
     vectors   float32 (V+1, D)   the distinct sentences' or pictures' vectors; row 0 is zero
     index     int32 (N+1, S)     which vectors each item has; 0 means none; row 0 is padding
 
-and the .json beside it says what the numbers are: encoder, weights, versions, template, and the SHA-256
-of the item keys, so that a file of other items, or of another order of them, is refused.
+and the .json beside it says what the numbers are: encoder, weights, versions, template, and the
+SHA-256 of the item keys, so that a file of other items, or of another order of them, is refused.
 """
 import re
 from pathlib import Path
@@ -34,8 +34,8 @@ def write_features(folder, modality, encoder, vectors, index, keys, about):
     """Write a feature file and its json.
 
     vectors: (V, D) of the distinct sentences or pictures; a zero row means that there is none.
-    index: (N, S) of each item's vectors, 1 + row of `vectors`, 0 = none.
-    keys: item keys in id order (N). about: what else fixes the numbers (weights, versions, template).
+    index: (N, S) of each item's vectors, 1 + row of `vectors`, 0 = none. keys: item keys in id
+    order (N). about: what else fixes the numbers (weights, versions, template).
     """
     path = feature_path(folder, modality, encoder)
     vectors = np.pad(np.asarray(vectors, np.float32), ((1, 0), (0, 0)))    # (V+1, D)

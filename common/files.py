@@ -1,7 +1,7 @@
 """Errors for the user, safe writes, JSON and safetensors, the lock on a folder, and the device.
 
-Every file is written under a temporary name, synced, and renamed: whoever opens it finds the old one or
-the new one, never half of one. Nothing is pickled.
+Every file is written under a temporary name, synced, and renamed: whoever opens it finds the old
+one or the new one, never half of one. Nothing is pickled.
 """
 import hashlib
 import json
@@ -21,7 +21,7 @@ except ImportError:    # Windows has none
     fcntl = None
 
 
-# ------------------------------------------------------------------ errors
+# ---------------- errors
 
 class UserError(ValueError):
     """Input that cannot be used. The message is one sentence: what, where, what to do."""
@@ -31,7 +31,7 @@ def command(main):
     """Run a script's main(). A UserError becomes one line and exit code 2, never a traceback."""
     try:
         sys.exit(main() or 0)
-    except (UserError, OSError) as error:    # OSError: a full disk, a folder that may not be written
+    except (UserError, OSError) as error:    # OSError: a full disk, a read-only folder
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -39,7 +39,7 @@ def command(main):
         sys.exit(130)
 
 
-# ------------------------------------------------------------------ writing and reading
+# ---------------- writing and reading
 
 @contextmanager
 def atomic(path, mode="w"):
@@ -89,8 +89,9 @@ def load_tensors(path):
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get("about", "{}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)
-    except Exception as error:    # the reader has an exception type of its own for each kind of damage
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, json.loads(about)
+    except Exception as error:    # the reader has types of its own for each kind of damage
         raise UserError(
             f"{path} cannot be read ({error}): remove it and run the same command again"
         ) from None
@@ -135,7 +136,7 @@ def alone_in(folder, wait=True):
         os.close(handle)
 
 
-# ------------------------------------------------------------------ fingerprints
+# ---------------- fingerprints
 
 def sha256(path) -> str:
     """SHA-256 of a file's bytes."""
@@ -148,7 +149,7 @@ def keys_sha256(keys) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------ the device
+# ---------------- the device
 
 def pick_device(name=None):
     """torch.device of a name, or the best there is. Raises UserError for one that is not there."""

@@ -1,7 +1,8 @@
 """Pictures of strangers, opened without trust in what they say about themselves.
 
-Only five formats are opened, whatever a file is called; pictures that would need gigabytes are refused
-from their header; everything that goes wrong is a BadPicture with the reason in a few plain words.
+Only five formats are opened, whatever a file is called; pictures that would need gigabytes are
+refused from their header; everything that goes wrong is a BadPicture with the reason in a few
+plain words.
 """
 import io
 import re

@@ -1,8 +1,8 @@
 """What a data source needs: the shape of what it reads, clean text, and a reader of tables.
 
-A source (one file in sources/) turns raw files into a `Raw`. Its tables are read by `each_row` (CSV) and
-`each_object` (one JSON object a line), which count the lines that cannot be used and refuse a file in
-which there are too many.
+A source (one file in sources/) turns raw files into a `Raw`. Its tables are read by `each_row`
+(CSV) and `each_object` (one JSON object a line), which count the lines that cannot be used and
+refuse a file in which there are too many.
 """
 import csv
 import gzip
@@ -45,10 +45,10 @@ class Raw:
     image_root: str = ""        # where picture paths start: absolute, or from the processed folder
     variants: list = None       # parallel to items: an exact duplicate must share these as well
     picture_hosts: tuple = None # hosts that pictures may be fetched from; None = any public one
-    extra: dict = field(default_factory=dict)       # file name -> {array name: array}, saved as .npz
+    extra: dict = field(default_factory=dict)    # file name -> {array name: array}, saved as .npz
 
 
-# ------------------------------------------------------------------ text
+# ---------------- text
 
 TAG = re.compile(
     r"<(script|style)\b.*?(</\1\s*>|$)"    # scripts and styles with what they hold
@@ -84,7 +84,7 @@ def sentences(*parts, limit=2000) -> list:
     return list(dict.fromkeys(text for text in cleaned if text))
 
 
-# ------------------------------------------------------------------ tables
+# ---------------- tables
 
 class Defect(str):
     """Why a line cannot be used; stands where its row would."""
@@ -166,7 +166,7 @@ def each_object(path, take, parse=parse_object) -> dict:
 
 
 def text_lines(path):
-    """Yield (number, text) of a file's lines that are not blank. Raises UserError if it is cut off."""
+    """Yield (number, text) of the lines that are not blank. Raises UserError for a cut file."""
     with open(path, "rb") as file:
         stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
         try:

@@ -1,9 +1,9 @@
 """Fetching files and pictures over HTTP, with one client.
 
-The client (`Trail`, `Line`) decides whom to ask and asks. Two kinds of work use it: `download` brings one
-large file from the first of several addresses that has it, resumed where it broke off; `fetch_pictures`
-brings many small pictures from strangers' addresses, asks only public machines, and keeps a manifest.
-Nothing that arrives is run or unpacked here.
+The client (`Trail`, `Line`) decides whom to ask and asks. Two kinds of work use it: `download`
+brings one large file from the first of several addresses that has it, resumed where it broke off;
+`fetch_pictures` brings many small pictures from strangers' addresses, asks only public machines,
+and keeps a manifest. Nothing that arrives is run or unpacked here.
 """
 import hashlib
 import http.client
@@ -41,7 +41,7 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 UNLISTED = "host not on the list"
 
 
-# ------------------------------------------------------------------ the client
+# ---------------- the client
 
 class Refused(ValueError):
     """An address that is not asked. The message is the reason."""
@@ -62,7 +62,7 @@ class Rules:
 
 
 class Trail:
-    """An address and where its redirects lead. Raises Refused or ValueError where it may not go on."""
+    """An address and where its redirects lead. Raises Refused or ValueError where that ends."""
 
     def __init__(self, url, rules):
         self.rules = rules
@@ -97,7 +97,7 @@ class Trail:
 
 
 class Line(http.client.HTTPConnection):
-    """One GET request. The name is looked up once, and the address that was checked is the one asked."""
+    """One GET request. The name is looked up once: the address that was checked is asked."""
 
     def __init__(self, trail):
         self.default_port = PORTS[trail.scheme]    # which the Host header leaves out
@@ -214,9 +214,9 @@ def within(seconds, call, *args):
     return future.result(seconds)
 
 
-# ------------------------------------------------------------------ one file
+# ---------------- one file
 
-PASSING = {408, 416, 429, *range(500, 600)}    # after these, the same address may still give the file
+PASSING = {408, 416, 429, *range(500, 600)}    # after these, the same address may give the file
 PAUSE = 1                                      # seconds before the same address is asked again
 
 
@@ -231,11 +231,11 @@ class Status(OSError):
 def download(urls, target, expected=None, strict=False, tries=2, timeout=10, deadline=45) -> Path:
     """Fetch `target` from the first of `urls` that has it -> path of the file.
 
-    A good file already there is kept. Until a file is whole it is called `<name>.part`. A mirror may
-    keep `x.jsonl.gz` uncompressed: what comes from an address without `.gz` is stored without it.
-    expected: SHA-256; another one gives a warning, with strict=True it is a failure of that address.
-    tries: requests to one address that bring nothing new. timeout: seconds without an answer or a byte.
-    deadline: seconds without a new byte after which no further request starts.
+    A good file already there is kept. Until a file is whole it is called `<name>.part`. A mirror
+    may keep `x.jsonl.gz` uncompressed: what comes from an address without `.gz` is stored without
+    it. expected: SHA-256; another one gives a warning, with strict=True it is a failure of that
+    address. tries: requests to one address that bring nothing new. timeout: seconds without an
+    answer or a byte. deadline: seconds without a new byte after which no further request starts.
 
     Raises UserError naming every address with its reason, and where to put a file fetched by hand.
     """
@@ -261,8 +261,8 @@ def download(urls, target, expected=None, strict=False, tries=2, timeout=10, dea
                 reasons[url] = reason_of(error, timeout)
                 if getattr(error, "code", None) == 416:
                     part.unlink(missing_ok=True)    # it is longer than the file: not the same file
-                passing = not isinstance(error, ValueError) and getattr(error, "code", 500) in PASSING
-                left = left - 1 if passing else 0
+                final = isinstance(error, ValueError) or getattr(error, "code", 500) not in PASSING
+                left = 0 if final else left - 1
             if size_of(part) > most:    # more than ever before, so that no server can keep us
                 most = size_of(part)    # going for nothing
                 left = tries
@@ -290,8 +290,8 @@ def reason_of(error, timeout) -> str:
 def receive(url, part, timeout):
     """One request that takes `part` from its present size to the whole file.
 
-    Raises OSError, HTTPException or ValueError; what arrived before stays in `part` unless it cannot
-    be continued.
+    Raises OSError, HTTPException or ValueError; what arrived before stays in `part` unless it
+    cannot be continued.
     """
     start = size_of(part)
     headers = {"Range": f"bytes={start}-"} if start else {}
@@ -311,7 +311,7 @@ def receive(url, part, timeout):
 
 
 def store(answer, part, start):
-    """Write the body of an answer to `part`, after its first `start` bytes where the server agrees."""
+    """Write an answer's body to `part`, after its first `start` bytes if the server agrees."""
     if answer.status not in (200, 206):
         raise Status(answer.status)
     length = answer.headers.get("Content-Length")
@@ -342,7 +342,8 @@ def accept(part, place, expected, strict):
         part.unlink()
         raise ValueError(defect)
     if expected and not strict and sha256(part) != expected:
-        print(f"warning: {place.name} has another SHA-256 than expected, {expected}", file=sys.stderr)
+        warning = f"warning: {place.name} has another SHA-256 than expected, {expected}"
+        print(warning, file=sys.stderr)
     if place.exists():
         print(f"{place} was not usable and is now {set_aside(place)}", file=sys.stderr)
     os.replace(part, place)
@@ -367,7 +368,7 @@ def size_of(path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-# ------------------------------------------------------------------ many pictures
+# ---------------- many pictures
 
 SILENT = ("timeout", "no connection")    # no answer: the fault may be on this side
 MAY_PASS = re.compile(r"timeout|no connection|http (408|429|5\d\d)")
@@ -383,10 +384,10 @@ def fetch_pictures(items, folder, rules=None, threads=8, longest=30, most=10_000
     items: (item key, [addresses]) pairs. rules: whom to ask; None = any public machine.
     longest: seconds for all requests of one picture. most: bytes of one picture.
 
-    Beside the pictures lies `manifest.jsonl`, one line per answer: {"url", "item", "status", "file",
-    "bytes", "sha256"}; the last three are null unless the status is "ok". What earlier runs have
-    settled is not asked again; failures that may pass are tried in 3 runs. A run in which nobody
-    answers ends early and records none.
+    Beside the pictures lies `manifest.jsonl`, one line per answer: {"url", "item", "status",
+    "file", "bytes", "sha256"}; the last three are null unless the status is "ok". What earlier
+    runs have settled is not asked again; failures that may pass are tried in 3 runs. A run in
+    which nobody answers ends early and records none.
 
     Returns how many of the addresses have which status: "ok", "http 404", "not a picture",
     "too large", "refused", "timeout", "no connection", or "left" for the next run.
@@ -505,7 +506,7 @@ class Crew:
         self.counting = threading.Lock()
 
     def picture(self, job):
-        """(address, item key, file name) -> the line for the manifest; a good picture is written."""
+        """(address, item key, file name) -> line for the manifest; a good picture is written."""
         url, key, name = job
         status, body = self.ask(url)
         row = {
@@ -577,7 +578,7 @@ class Crew:
 
 
 def rest_of(headers, tries) -> float:
-    """Seconds for which a busy host wants to be left alone, as it says (a number or a date), or 2, 4."""
+    """Seconds for which a busy host wants to be left alone: a number or a date; else 2, 4."""
     text = headers.get("Retry-After", "")
     try:
         if text.isdecimal():

@@ -1,8 +1,8 @@
 """The pre-training stage's data and weights: --pretrain_data, --cold_start and --init.
 
-A model file with a class Pretrain is trained in two stages. The first one uses the run's own data unless
---pretrain_data names other sets, or --cold_start leaves cold items out; with --init it is not run at all, and
-another run's weights are taken over.
+A model file with a class Pretrain is trained in two stages. The first one uses the run's own data
+unless --pretrain_data names other sets, or --cold_start leaves cold items out; with --init it is
+not run, and another run's weights are taken over.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ class Pretraining:
 
     def rows(self, kind, job):
         """The rows of the stage; kind: Pretrain.rows. Raises UserError where there are none."""
-        if kind == "items" and job.args.cold_start:    # only warm ones have training occurrences left
+        if kind == "items" and job.args.cold_start:    # only warm ones occur in what is left
             return data.ItemRows(np.flatnonzero(self.dataset.train_counts), job.device)
         return self.dataset.training_rows(kind, job.cfg.max_len, job.device)
 
@@ -64,7 +64,7 @@ def refuse_if_not_pretrained(job):
 
 
 def load_sets(job) -> list:
-    """The data sets of --pretrain_data. Raises UserError if their features are of other encoders."""
+    """The data sets of --pretrain_data. Raises UserError for features of other encoders."""
     args = job.args
     names = [name.strip() for name in args.pretrain_data.split(",")]
     if not all(names):
@@ -78,7 +78,8 @@ def load_sets(job) -> list:
         if theirs != ours:
             raise UserError(
                 f"{other.name} has features of {' and '.join(theirs.values())}, {job.dataset.name} "
-                f"of {' and '.join(ours.values())}: give one --text and one --image encoder for both"
+                f"of {' and '.join(ours.values())}: give one --text and one --image encoder for "
+                f"both"
             )
     return sets
 
@@ -110,8 +111,8 @@ def take_over(job) -> dict:
 def training_parts(sets, warm=False) -> data.Data:
     """The training parts of one or several data sets as one that is nothing but training.
 
-    Item ids of the second set follow those of the first. warm: without the items that are cold in their
-    set. Raises UserError where that leaves nothing to learn from.
+    Item ids of the second set follow those of the first. warm: without the items that are cold in
+    their set. Raises UserError where that leaves nothing to learn from.
     """
     flat, lengths = [], []
     n_items = 0

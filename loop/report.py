@@ -1,7 +1,7 @@
 """report.html: the numbers of a run, the curves of its training, and what a few test users got.
 
-Draws what it is given and computes nothing. One file without scripts or links; titles are escaped, pictures are
-drawn anew.
+Draws what it is given and computes nothing. One file without scripts or links; titles are escaped,
+pictures are drawn anew.
 """
 import base64
 import html
@@ -15,15 +15,18 @@ from common.pictures import BadPicture, open_picture
 COLUMNS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 THUMBNAIL = (168, 168)    # pixels, twice what is shown
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222 }
+body { margin: 2em auto; max-width: 70em; padding: 0 1em }
 table { border-collapse: collapse }
 td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child { text-align: left; font-weight: normal; white-space: nowrap }
 thead th { font-weight: bold }
 svg { background: #f6f6f4; margin: .4em; border-radius: 4px }
 polyline { fill: none; stroke: #2a62b8; stroke-width: 2 }
-figure { display: inline-block; width: 76px; margin: .3em .2em; vertical-align: top; font-size: 10px; line-height: 1.25 }
-figure img, figure span { display: block; width: 76px; height: 76px; object-fit: contain; background: #f6f6f4 }
+figure { display: inline-block; width: 76px; margin: .3em .2em; vertical-align: top }
+figcaption { font-size: 10px; line-height: 1.25 }
+figure img, figure span { display: block; width: 76px; height: 76px; background: #f6f6f4 }
+figure img { object-fit: contain }
 .hit { outline: 3px solid #3a9a4a }
 h3 { margin: .6em 0 0; font-size: 13px }
 section { display: flex; flex-wrap: wrap; gap: 0 1.2em; border-bottom: 1px solid #ddd }
@@ -38,8 +41,8 @@ def write_report(folder, label, dataset, result, log, examples):
     title = html.escape(label)
     lead = (
         f"Best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s on "
-        f"{html.escape(result['device'])}, {result['parameters']} weights. Test metrics, full ranking "
-        f"over {dataset.n_items} items; masked: without the user's history."
+        f"{html.escape(result['device'])}, {result['parameters']} weights. Test metrics, full "
+        f"ranking over {dataset.n_items} items; masked: without the user's history."
     )
     users = "".join(section(dataset, example) for example in examples)
     page = f"""<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>

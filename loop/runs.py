@@ -1,11 +1,12 @@
 """A run: its model and catalog, its folder, its state, and how it is resumed or opened again.
 
-`runs/<model>-<data>-<seed>/` holds config.json, log.jsonl (one line per epoch), model.safetensors (the best
-validation epoch), state.safetensors (the last epoch, for --resume), ranks-test.npy, metrics.json and report.html.
+`runs/<model>-<data>-<seed>/` holds config.json, log.jsonl (one line per epoch), model.safetensors
+(the best validation epoch), state.safetensors (the last epoch, for --resume), ranks-test.npy,
+metrics.json and report.html.
 
-Resuming: each epoch draws its random numbers from (seed, stage, epoch) alone, so there is no generator state
-to restore. state.safetensors, written after every epoch, has the weights, the optimiser and the Progress; the log
-is cut back to it, and `train_stage` goes on with the next epoch.
+Resuming: each epoch draws its random numbers from (seed, stage, epoch) alone, so there is no
+generator state to restore. state.safetensors, written after every epoch, has the weights, the
+optimiser and the Progress; the log is cut back to it, and `train_stage` goes on from there.
 """
 import dataclasses
 import json
@@ -21,7 +22,14 @@ import data
 import extract_features
 from common.features import KEYS
 from common.files import (
-    UserError, alone_in, atomic, load_tensors, pick_device, read_json, save_tensors, set_aside,
+    UserError,
+    alone_in,
+    atomic,
+    load_tensors,
+    pick_device,
+    read_json,
+    save_tensors,
+    set_aside,
     write_json,
 )
 
@@ -45,10 +53,10 @@ class Job:
         return f"{self.args.model} on {self.dataset.name}"
 
 
-# ------------------------------------------------------------------ catalog and model
+# ---------------- catalog and model
 
 def build_catalog(module, dataset, args, device):
-    """The catalog dict with the keys that the model file READS, and no others (`n_items` always)."""
+    """The catalog dict with the keys that the model file READS, and `n_items`."""
     if "image_paths" in module.READS:
         dataset.fetch_pictures()
     catalog = dataset.catalog(module.READS)
@@ -61,11 +69,11 @@ def build_catalog(module, dataset, args, device):
 
 
 def encoders_of(module, cfg, dataset, args):
-    """{modality: encoder}, of the features that a model file READS, or of those that it trains itself."""
+    """{modality: encoder} of the features that a model file READS, or that it trains itself."""
     named = extract_features.encoders(dataset, args.text, args.image)
     encoders = {}
     for modality, keys in KEYS.items():
-        own = getattr(cfg, f"{modality}_encoder", None)    # a setting of models that encode themselves
+        own = vars(cfg).get(f"{modality}_encoder")    # a setting of models that encode themselves
         if own or set(module.READS) & set(keys):
             encoders[modality] = own or named[modality]
     return encoders
@@ -113,8 +121,8 @@ def build(model_class, cfg, catalog, device, seed):
         raise UserError(f"{model_class.__name__} cannot be built: {error}") from None
     if is_trained(model) and not has_recipe(cfg):
         raise UserError(
-            f"{model_class.__name__} has weights to train, but its Config has no recipe: give it lr, "
-            f"weight_decay, batch_size, epochs, patience and prefixes"
+            f"{model_class.__name__} has weights to train, but its Config has no recipe: give it "
+            f"lr, weight_decay, batch_size, epochs, patience and prefixes"
         )
     return model
 
@@ -124,14 +132,14 @@ def is_trained(model) -> bool:
 
 
 def seed_everything(*numbers):
-    """Start Python's, numpy's and torch's generators from a few integers, such as (seed, stage, epoch)."""
+    """Start Python's, numpy's and torch's generators from integers: (seed, stage, epoch)."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-# ------------------------------------------------------------------ the state of a run
+# ---------------- the state of a run
 
 @dataclass
 class Progress:
@@ -230,7 +238,7 @@ def load_weights(model, path):
         ) from None
 
 
-# ------------------------------------------------------------------ the folder of a run
+# ---------------- the folder of a run
 
 def settings_of(job, seed) -> dict:
     """What config.json keeps: all that decides a run's numbers."""
@@ -260,8 +268,8 @@ def settings_of(job, seed) -> dict:
 def run_folder(folder, settings, resume):
     """The run's folder, made ready, and this process alone in it. --resume needs the same settings.
 
-    An earlier run there is renamed, never overwritten; it gets its name back from a run that is refused
-    in its first epoch.
+    An earlier run there is renamed, never overwritten; it gets its name back from a run that is
+    refused in its first epoch.
     """
     aside = None
     if resume and (folder / "config.json").is_file():
@@ -306,10 +314,11 @@ class Features:
 
 
 def open_run(folder, device=None):
-    """A finished run's folder -> (model with its best weights, dataset, cfg, device). Raises UserError."""
+    """A finished run's folder -> (model with its best weights, dataset, cfg, device)."""
     if not (folder / "model.safetensors").is_file():
         raise UserError(
-            f"{folder} holds no finished run (no model.safetensors): give a folder that train.py made"
+            f"{folder} holds no finished run (no model.safetensors): give a folder that train.py "
+            f"made"
         )
     settings = read_json(folder / "config.json")
     module = load_model_file(settings["model_file"])

@@ -1,7 +1,7 @@
 """Config <-> command line: model files, the contract they keep, and the flags of train.py.
 
-The command line of `--model mdsrec` is built from the fields of that file's Config, whose comments are the help
-texts; PRESETS of the file change defaults per data set, flags change both.
+The command line of `--model mdsrec` is built from the fields of that file's Config, whose comments
+are the help texts; PRESETS of the file change defaults per data set, flags change both.
 """
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "models"
 MODELS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
 
 
-# ------------------------------------------------------------------ model files
+# ---------------- model files
 
 def load_model_file(name):
     """models/<name>.py, or any file given by its path -> module that keeps the contract.
@@ -31,7 +31,8 @@ def load_model_file(name):
     path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
     if not path.is_file():
         raise UserError(
-            f"--model {name} is unknown: give one of {', '.join(MODELS)}, or the path of a model file"
+            f"--model {name} is unknown: give one of {', '.join(MODELS)}, or the path of a model "
+            f"file"
         )
     spec = importlib.util.spec_from_file_location(f"models.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +59,7 @@ def line_in(error, path):
     return lines[-1]
 
 
-# ------------------------------------------------------------------ the contract of models/README.md
+# ---------------- the contract of models/README.md
 
 CATALOG_KEYS = (
     "n_items", "text", "image", "has_text", "has_image", "sentences", "sentences_mask", "pictures",
@@ -106,38 +107,42 @@ def faults_of_reads(reads):
 
 
 def faults_of_config(module):
-    """Missing fields, fields without default or of a type that no flag can have, wrong presets."""
+    """Fields that are missing or that no flag can be made of, and wrong presets."""
     if not dataclasses.is_dataclass(module.Config):
         return ["Config as a dataclass"]
-    faults = []
-    try:
-        hints = get_type_hints(module.Config)
-    except NameError as error:
-        return [f"Config with types that exist ({error})"]
-    flags = {action.dest for action in train_flags()._actions}
     fields = {field.name: field for field in dataclasses.fields(module.Config)}
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING:
-            faults.append(f"Config.{name} with a default")
-        if hints[name] not in (int, float, str, bool) and get_origin(hints[name]) is not Literal:
-            faults.append(f"Config.{name} as int, float, str, bool or Literal")
-        if name in flags:
-            faults.append(f"another name for Config.{name}, which is a flag of train.py")
     wanted = {"max_len": int}
     if fields.keys() & RECIPE.keys() or hasattr(module, "Pretrain"):
         wanted |= RECIPE
     if hasattr(module, "Pretrain"):
         wanted["pretrain_epochs"] = int
-    for name, kind in wanted.items():
-        if name not in fields:
-            faults.append(f"Config.{name} ({kind.__name__})")
-    for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if name in fields and fields[name].default not in choices:
-            faults.append(f"Config.{name} as one of {', '.join(choices)}")
-    for preset, settings in getattr(module, "PRESETS", {}).items():
-        unknown = [name for name in settings if name not in fields]
-        if unknown:
-            faults.append(f"Config.{unknown[0]}, which the preset {preset} sets")
+    faults = [f"Config.{name} ({kind.__name__})" for name, kind in wanted.items()
+              if name not in fields]
+    faults += faults_of_fields(module.Config, fields)
+    for preset, values in getattr(module, "PRESETS", {}).items():
+        faults += [f"Config.{name}, which the preset {preset} sets" for name in values
+                   if name not in fields]
+    return faults
+
+
+def faults_of_fields(config, fields):
+    """Fields without default, of a type that no flag can have, or named like a flag."""
+    try:
+        hints = get_type_hints(config)
+    except NameError as error:
+        return [f"Config with types that exist ({error})"]
+    flags = {action.dest for action in train_flags()._actions}
+    choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+    faults = []
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING:
+            faults.append(f"Config.{name} with a default")
+        elif field.default not in choices.get(name, [field.default]):
+            faults.append(f"Config.{name} as one of {', '.join(choices[name])}")
+        if hints[name] not in (int, float, str, bool) and get_origin(hints[name]) is not Literal:
+            faults.append(f"Config.{name} as int, float, str, bool or Literal")
+        if name in flags:
+            faults.append(f"another name for Config.{name}, which is a flag of train.py")
     return faults
 
 
@@ -165,7 +170,7 @@ def has_recipe(cfg) -> bool:
     return hasattr(cfg, "lr")
 
 
-# ------------------------------------------------------------------ the command line
+# ---------------- the command line
 
 def train_flags():
     """The flags of train.py that every model shares."""
@@ -179,7 +184,7 @@ def train_flags():
     add("--model", required=True, help=f"{', '.join(MODELS)}, or the path of a model file")
     extract_features.add_arguments(parser)
     add("--seed", type=int, default=0, help="seed of weights, order and dropout (default: 0)")
-    add("--seeds", help="several seeds, such as 0,1,2: runs each, prints mean and standard deviation")
+    add("--seeds", help="several seeds, such as 0,1,2: prints mean and standard deviation as well")
     add("--mask_history", action="store_true", help="select the epoch by masked validation metrics")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the training step")

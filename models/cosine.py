@@ -1,7 +1,7 @@
-"""Cosine to the last item: items are ranked by how alike their text or picture is to the last item's.
+"""Cosine to the last item: items are ranked by how alike their text or picture is to the last's.
 
-An untrained baseline for content: it knows no behaviour at all, and so it does not mind whether an item
-was ever sold.
+An untrained baseline for content: it knows no behaviour at all, and so it does not mind whether an
+item was ever sold.
 
 Reads from the catalog: n_items, text, image (their forms: CATALOG below).
 """

@@ -7,24 +7,24 @@ are missing; the element-wise maximum is the item. It is pre-trained to bring th
 item together and to tell true pairs from false ones. Then the very same Transformer reads a user's
 items in their order, [mask] at the end, and what it puts there is compared with all items.
 
-  text  -> f_NN = E^S (2) --+ [mask] if missing  + modality embedding -> Transformer -> project
-  image -> f_NN = E^I (1) --+                                                           max (3a) = h_j
+  text  -> f_NN = E^S (2) --+ [mask] if missing  + modality embedding -> Transformer -> project,
+  image -> f_NN = E^I (1) --+                                                           max (3a) = h
   pre-training    h of {S}, {I}, {S, I}, twice each: PWC (4), PWM (5), L_I, L_S, L_I-S (3b, 3c)
   item tower      E_j            + modality            -> Transformer -> max = h_j, all items
   sequence tower  E_1 ... E_L [mask] + modality + position -> (the same)  -> max at [mask] = h
                   score_j = cosine(h, h_j) / tau, cross entropy over all items
 
 Readings, where the paper is silent or misprinted (it has three equations 3: here 3a, 3b, 3c):
- 1. eqs. 1-2: vectors of any encoder (a video: the mean of its frames). f_NN is Linear and LayerNorm,
-    and reads them standardised, or their common mean drowns what tells them apart.
- 2. the Transformer reads LayerNorm(feature + modality + position). Positions start with the features'
-    variance: with the usual 0.02 the sum drowns them, and a trained model cannot hear the order.
+ 1. eqs. 1-2: vectors of any encoder (a video: the mean of its frames). f_NN is Linear and
+    LayerNorm, on standardised vectors, or their common mean drowns what tells them apart.
+ 2. the Transformer reads LayerNorm(feature + modality + position). Positions start as loud as the
+    features: with the usual 0.02 the sum drowns them, and the model cannot hear the order.
  3. one learned [mask] stands for a missing modality, attends and stays in the maximum; drop_missing
     leaves it out of both, as the ancestor MMSRec does. A masked item has no modality.
  4. eq. 3a: h^i, h^s after a Linear and a LayerNorm each; length 1 where similarities are taken.
- 5. blocks: LayerNorm after the residual sums, GELU, inner width 2 dim, one more LayerNorm at the end.
- 6. eq. 3b: L_I, L_S, L_I-S are InfoNCE between two passes with different dropout, of items that have
-    the whole group; weights 1. A third modality adds its groups, and its pairs to PWC and PWM.
+ 5. blocks: LayerNorm after the residual sums, GELU, inner width 2 dim, a last LayerNorm.
+ 6. eq. 3b: L_I, L_S, L_I-S are InfoNCE between two passes with different dropout, of items that
+    have the whole group; weights 1. A third modality adds its groups, and its pairs to PWC and PWM.
  7. eq. 4: symmetric InfoNCE, rows and columns of one matrix; as printed it would be maximised.
  8. eq. 4: its tau multiplies: exp of a learned number, from 1 / 0.07, at most 100; shared by 6.
  9. eq. 5 with its minus sign: each true pair, its picture with a wrong text, its text with a wrong
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def embed(self, ids):
-        """ids (n,) or a slice -> E = f_NN(features) (n, M, D), and which modalities there are (n, M).
+        """ids (n,) or a slice -> E = f_NN(features) (n, M, D), and which are there (n, M).
 
         Eqs. (1), (2).
         """
@@ -348,8 +348,9 @@ class FMMSRec(nn.Module):
         self.cfg = cfg
         self.encoder = Encoder(cfg, catalog)
         self.n_items = catalog["n_items"]
-        self.position = nn.Parameter(torch.empty(cfg.max_len + 1, cfg.dim))    # the last is [mask]'s
-        nn.init.normal_(self.position)                   # reading 2: as loud as the features
+        places = cfg.max_len + 1                         # the last is [mask]'s
+        self.position = nn.Parameter(torch.empty(places, cfg.dim))
+        nn.init.normal_(self.position)                   # reading 2
 
     def init_from(self, state):
         """Take over a state of Pretrain, all but tau of eq. (4) and the head of eq. (5).

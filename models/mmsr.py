@@ -1,14 +1,14 @@
 """MMSR: An Empirical Study of Training ID-Agnostic Multi-modal Sequential Recommenders. Youhua Li,
 Hanwen Du, Yongxin Ni, Yuanqi He, Junchen Fu, Xiangyan Liu, Qi Guo. 2024. arXiv:2403.17372.
 
-An item is its raw title and picture, nothing else: a pre-trained text and a vision encoder whose top
-blocks are trained with the recommender, a fusion of their tokens into one vector, and a user encoder
-that reads such vectors. No weight belongs to an item, so what was trained on one shop starts on
-another (--init).
+An item is its raw title and picture, nothing else: a pre-trained text and a vision encoder whose
+top blocks are trained with the recommender, a fusion of their tokens into one vector, and a user
+encoder that reads such vectors. No weight belongs to an item, so what was trained on one shop
+starts on another (--init).
 
-  title ---> text encoder:   frozen bottom -|-> top blocks -> tokens (U, T, D) --+
-                                          cache                                  +-> fusion -> (U, D)
-  picture -> vision encoder: frozen bottom -|-> top blocks -> tokens (U, V, D) --+
+  title ---> text encoder:   frozen bottom -|-> top blocks -> tokens (U, T, D) -+
+                                          cache                                 +-> fusion -> (U, D)
+  picture -> vision encoder: frozen bottom -|-> top blocks -> tokens (U, V, D) -+
   items (B, L, D) -> SASRec | GRU | NextItNet -> states (B, L, D);   score = state . item
 
 What stands left of the bar never changes: it is computed once for each text and picture and kept in
@@ -23,13 +23,13 @@ Readings, of what the paper leaves open and its code does:
  4. MAE sees all patches; Hugging Face's drops 75 % at random in every pass.
  5. MMSR-T, MMSR-V and the coarse fusions take the masked mean of the projected tokens; "+" is
     3 x (dropout, linear, ReLU).
- 6. merge-attention is BERT's layer (post-norm), and adds the modality embeddings that the code makes
-    and forgets; co-attention is LXMERT's: one cross-attention for both directions, then own blocks.
+ 6. merge-attention is BERT's layer (post-norm), and adds the modality embeddings that the code
+    makes and forgets; co-attention is LXMERT's: one cross-attention for both, then own blocks.
  7. padding is zero where a user encoder reads it (in the code it is an encoded blank item).
  8. layers: SASRec 2, GRU 4, NextItNet 2 (appendix B). Positions are counted from the end.
  9. eq. (6): one negative, uniform over the items that the user's training sequence lacks.
     `--loss in_batch`: softmax over the targets of the batch minus log popularity, as in MoRec.
-10. the learning rate drops to a tenth at 80 % of the epochs: the code's step; the paper: "linearly".
+10. the learning rate drops to a tenth at 80 % of the epochs, as in the code; the paper: "linearly".
 11. BatchNorm (ResNet) keeps its pre-trained statistics, as usual in fine-tuning.
 Vision-language models: CLIP (as both encoders, `--fusion concat`) and FLAVA with its own fusion
 (`--fusion flava`, appendix E). Left out: GroupViT, which groups tokens between blocks; ViLT and
@@ -66,8 +66,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")    # of pictures that are opened
 
 @dataclass
 class MMSRConfig:
-    text_encoder: str = "FacebookAI/roberta-base"    # Hugging Face name or folder, or tiny, tiny-bert, ...
-    image_encoder: str = "microsoft/swin-base-patch4-window7-224"    # the same; tiny, tiny-swin, ...
+    text_encoder: str = "FacebookAI/roberta-base"    # name or folder, or tiny, tiny-bert, ...
+    image_encoder: str = "microsoft/swin-base-patch4-window7-224"    # or tiny, tiny-swin, ...
     modality: Literal["both", "text", "image"] = "both"              # text, image: MMSR-T, MMSR-V
     item_encoder: Literal["content", "id"] = "content"    # id: IDSR, the paper's baseline
     fusion: Literal[
@@ -133,8 +133,8 @@ TOWERS = {    # model type -> where its blocks are, and the norm after them
     "flava_image_model": ("encoder.layer", "layernorm"),
 }
 VIT = dict(
-    hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=64,
-    patch_size=16,
+    hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128,
+    image_size=64, patch_size=16,
 )
 BERT = dict(VIT, vocab_size=4096, max_position_embeddings=514)
 TINY = {    # model type -> settings of its tiny version
@@ -177,7 +177,7 @@ def load_encoder(name, modality):
             name, backend="pil", trust_remote_code=False
         )
         return model, (processor.image_mean, processor.image_std)
-    except Exception as error:    # no such folder, no network, a foreign format: each has its own type
+    except Exception as error:    # no such folder, no network, a foreign format
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{modality}_encoder {name} cannot be loaded ({reason}): give the name or folder of a "
@@ -186,7 +186,7 @@ def load_encoder(name, modality):
 
 
 def tiny_encoder(transformers, kind, modality):
-    """A small encoder with random weights, the same whatever the run's seed, like a checkpoint's."""
+    """A small encoder with random weights, the same for every seed, like a checkpoint's."""
     kind = kind or {"text": "roberta", "image": "vit_mae"}[modality]
     config = transformers.AutoConfig.for_model(kind, **TINY[kind])
     with torch.random.fork_rng(devices=[]):
@@ -206,7 +206,7 @@ def tiny_tokens(texts, max_length, **_):
 
 
 class Boundary(nn.Module):
-    """Stands where the first trained block stood: stops the encoder and returns its hidden states."""
+    """Stands where the first trained block stood: stops the encoder, keeps its hidden states."""
 
     class Reached(Exception):
         pass
@@ -249,7 +249,7 @@ class Frozen:
 
     @torch.no_grad()
     def hidden(self, inputs, device):
-        """What `read` made of n inputs -> hidden states at the boundary (n, T, width), mask (n, T)."""
+        """What `read` made of n inputs -> hidden states (n, T, width), mask (n, T)."""
         model = self.model.to(device)
         mask = None
         if self.modality == "text":
@@ -312,7 +312,8 @@ class Cached:
             lengths = [len(x) for x in frozen.inputs]
         else:
             lengths = [len(self.hidden) // n] * n
-        self.start = torch.tensor([0, *lengths], device=device).cumsum(0)    # of each input's tokens
+        # where each input's tokens begin
+        self.start = torch.tensor([0, *lengths], device=device).cumsum(0)
         if device.type == "cuda" and self.hidden.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.hidden = self.hidden.to(device)
 
@@ -328,8 +329,8 @@ class Cached:
             partial.unlink(missing_ok=True)
         n, size = len(frozen.inputs), path.stat().st_size
         print(f"{n} {frozen.modality}s to the boundary, {frozen.unreadable} unreadable, "
-              f"{time.time() - begin:.0f} s: {size / 2**20:.1f} MiB, {size / 1024 / n:.1f} KiB each, "
-              f"in {path}", flush=True)
+              f"{time.time() - begin:.0f} s: {size / 2**20:.1f} MiB, {size / 1024 / n:.1f} KiB "
+              f"each, in {path}", flush=True)
 
     def fill(self, path, frozen, dtype, device):
         step = 256 if device.type == "cuda" else 32
@@ -338,8 +339,8 @@ class Cached:
                 inputs = list(pool.map(frozen.read, frozen.inputs[first:first + step]))
                 hidden, mask = frozen.hidden(inputs, device)
                 rows = hidden[mask].cpu().numpy().astype(dtype)
-                check(np.isfinite(rows).all(), f"{frozen.modality}_encoder has hidden states beyond "
-                                               f"fp16: give cache fp32")
+                check(np.isfinite(rows).all(),
+                      f"{frozen.modality}_encoder has hidden states beyond fp16: give cache fp32")
                 file.write(rows.tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -417,12 +418,13 @@ class Tower(nn.Module):
             model.embeddings.random_masking = lambda x, noise=None: (x, None, None)
 
     def tokenize(self, tokenizer, config):
-        """Texts -> token ids (reading 2). Raises ValueError for more tokens than the encoder has."""
+        """Texts -> token ids (reading 2). Raises ValueError for too many max_tokens."""
         room = config.max_position_embeddings
         if self.kind == "roberta":
             room -= config.pad_token_id + 1
         check(3 <= self.cfg.max_tokens <= room,
-              f"max_tokens {self.cfg.max_tokens} of {self.cfg.text_encoder} must be from 3 to {room}")
+              f"max_tokens {self.cfg.max_tokens} of {self.cfg.text_encoder} must be from 3 to "
+              f"{room}")
         tokens = tokenizer(self.frozen.inputs, max_length=self.cfg.max_tokens, truncation=True)
         self.frozen.inputs = tokens["input_ids"]
 
@@ -757,8 +759,8 @@ class MMSR(nn.Module):
         """What negatives and popularity need of the training sequences."""
         N = self.n_items
         own = [sorted(set(seq)) for seq in train_seqs]
-        # how many items user u lacks before the i-th of those he has, + u (N + 1): sorted, so that one
-        # search finds the place among all users'
+        # how many items user u lacks before the i-th of those he has, + u (N + 1): sorted, so that
+        # one search finds the place among all users'
         lacked = [
             u * (N + 1) + item - 1 - i for u, seq in enumerate(own) for i, item in enumerate(seq)
         ]

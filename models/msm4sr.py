@@ -12,7 +12,7 @@ all items.
                                            swap, ratio p  |
   pictures  x^v -> attention (3) -> experts (4, 5) = z^v -+-> M^v -> (the same)  -> h^v
   pre-training   mhat^t, mtilde^t = h^t W_t, h^v W_t;  mhat^v, mtilde^v = h^v W_v, h^t W_v (6)
-                 NIP: both against z of the next item (7, 8);  CMCL: against each other (9, 10);  sum (11)
+                 NIP: both against z of the next item (7, 8);  CMCL: each other (9, 10);  sum (11)
   fine-tuning    M + E instead of M, nothing dropped or swapped;  F^t, F^v = z^t, z^v of all items
                  score = h^t (F^t + E)^T + h^v (F^v + E)^T (12, 13)
 
@@ -83,7 +83,7 @@ class MSM4SRConfig:
     use_cmcl: bool = True                # w/o CMCL, Table III
     use_mixup: bool = True               # w/o Mixup, Table III
     e2e: bool = False    # E2E, Table III: eqs. 11 and 13 summed; needs pretrain_epochs 0
-    modality: Literal["both", "text", "image"] = "both"    # -T, -V, Table IV: the one that is scored
+    modality: Literal["both", "text", "image"] = "both"    # -T, -V, Table IV: what is scored
     use_id: bool = True                  # false: no ID embeddings, for cold items, Table V
     freeze_transformer: bool = False     # fine-tuning leaves the Transformer as it is, Table VI
     lr: float = 1e-3                     # of fine-tuning; searched in 1e-4, 5e-4, 1e-3
@@ -103,7 +103,8 @@ class MSM4SRConfig:
         check(0 <= self.p_max <= .5, f"p_max {self.p_max} must be from 0 to 0.5")
         check(self.tau > 0, f"tau {self.tau} must be above 0")
         check(self.lam >= 0, f"lam {self.lam} must not be negative")
-        check(self.pretrain_epochs >= 0, f"pretrain_epochs {self.pretrain_epochs} must not be negative")
+        check(self.pretrain_epochs >= 0,
+              f"pretrain_epochs {self.pretrain_epochs} must not be negative")
         check(0 < self.pretrain_lr < math.inf, f"pretrain_lr {self.pretrain_lr} must be above 0")
         contrasts = self.use_nip or self.use_cmcl
         check(not (self.e2e and self.pretrain_epochs), "pretrain_epochs must be 0 for e2e")
@@ -141,7 +142,7 @@ class ModalityEncoder(nn.Module):
         mask[0] = False                                   # padding has nothing
         has = mask.any(1)                                 # (N+1,)
         padding = has.new_zeros(1).long()
-        kept = torch.cat([padding, has.nonzero()[:, 0]])  # padding, and the items that have a vector
+        kept = torch.cat([padding, has.nonzero()[:, 0]])  # padding, and items that have a vector
         if len(kept) < len(x):    # no copy of a catalog where all have one
             x, mask = x[kept], mask[kept]
         row = has.cumsum(0) * has    # (N+1,) an item's row of x; 0: it has none
@@ -243,7 +244,7 @@ class M2SE(nn.Module):
             nn.init.zeros_(encoder.W_3.weight)    # all experts alike: reading 3
 
     def items(self, ids=None, modalities=tuple(STACKS)):
-        """{"text": z^t, "image": z^v}, or one of them, of the items ids (n,), or of all: (n, d_0)."""
+        """{"text": z^t, "image": z^v}, or one of them, of items ids (n,), or of all: (n, d_0)."""
         return {m: self.encoders[m](ids) for m in modalities}
 
     def transform(self, streams, seq):
@@ -266,7 +267,7 @@ class M2SE(nn.Module):
 # ---------------- pre-training, eqs. (6) to (11)
 
 def random_drop(seq, target, rho):
-    """Sequence random dropout: seq, target (B, L) without the items that are dropped (reading 4)."""
+    """Sequence random dropout: seq, target (B, L) without the dropped items (reading 4)."""
     keep = (torch.rand(seq.shape, device=seq.device) >= rho) & (seq != 0)
     keep[:, -1] |= ~keep.any(1)                       # the last one stays if all would go
     order = keep.to(torch.uint8).argsort(dim=1, stable=True)    # the rest moves up, padding left
@@ -289,9 +290,9 @@ def similarity(a, b, tau):
 
 
 def nip(m_hat, m_tilde, z, excluded, weight, tau):
-    """Next item prediction: -log (f(mhat, z) + f(mtilde, z)) / sum_j (f(mhat, z_j) + f(mtilde, z_j)).
+    """NIP: -log [f(mhat, z) + f(mtilde, z)] / sum_j [f(mhat, z_j) + f(mtilde, z_j)],
 
-    Eqs. (7), (8). m_hat, m_tilde, z (R, D); excluded (R, R): pairs that are no negatives;
+    eqs. (7), (8). m_hat, m_tilde, z (R, D); excluded (R, R): pairs that are no negatives;
     weight (R,): of each row in the mean.
     """
     logits = torch.stack([similarity(m_hat, z, tau), similarity(m_tilde, z, tau)])    # (2, R, R)

@@ -5,7 +5,7 @@ The yardstick: item ids only. A causal Transformer reads the items a user had an
 position, predicts the one that follows; an item's score is the dot product of the last state and
 the item's embedding.
 
-  seq (B, L) -> E[seq] + P -> LayerNorm -> [causal attention, feed-forward] x layers -> states (B, L, D)
+  seq (B, L) -> E[seq] + P -> LayerNorm -> [causal attention, feed-forward] x layers -> (B, L, D)
                                                             last state . E[1..N]^T -> scores (B, N)
 
 Departures from the paper, all of them usual today:
@@ -130,7 +130,7 @@ class SASRec(nn.Module):
         return {"next_item": loss}
 
     def bce(self, states, table, target, batch):
-        """Mean over the targets of -log sigmoid(r_target) - log(1 - sigmoid(r_negative)), section III-E.
+        """Mean of -log sigmoid(r_target) - log(1 - sigmoid(r_negative)), section III-E.
 
         The negative is drawn from all items; one that the row itself has counts nothing.
         """

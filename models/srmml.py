@@ -7,7 +7,7 @@ small network weighs the channels; (b) a gate that knows an item's language and 
 scales its mean and its covariance; (c) attention asks how far two Gaussians are apart (Wasserstein)
 and mixes means with weights A, covariances with A^2; (d) the next item is the nearest Gaussian.
 
-  text  f_T -> P_T --------------------> m_T -+ channel       e^mu  + W m_Agg = M^mu  -+- (+ P, LN) (5)
+  text  f_T -> P_T --------------------> m_T -+ channel       e^mu  + W m_Agg = M^mu  -+- (+ P) (5)
   both  f_M -> P_M * M(cos(f_T, f_I)) -> m_M -+ attention     e^Sig + W m_Agg = M^Sig -+      |
   image f_I -> P_I --------------------> m_I -+-> m_Agg (1-4)                          |      |
   language, sales, M^mu -> two layers -> 2 sigmoid = G (6-8) --------- times both (9) -+------+
@@ -152,8 +152,12 @@ class Fusion(nn.Module):
 def projection_head(width, cfg):
     """P of eq. (3): width -> 2 d -> d (reading 2)."""
     return nn.Sequential(
-        nn.Linear(width, 2 * cfg.dim), nn.LayerNorm(2 * cfg.dim), nn.ReLU(), nn.Dropout(cfg.dropout),
-        nn.Linear(2 * cfg.dim, cfg.dim), nn.LayerNorm(cfg.dim),
+        nn.Linear(width, 2 * cfg.dim),
+        nn.LayerNorm(2 * cfg.dim),
+        nn.ReLU(),
+        nn.Dropout(cfg.dropout),
+        nn.Linear(2 * cfg.dim, cfg.dim),
+        nn.LayerNorm(cfg.dim),
     )
 
 
@@ -188,7 +192,7 @@ def statistics(lang, train_seqs):
 # ---------------- Gaussians and their distance, eq. (11)
 
 def wide(x):
-    """At least float32: bfloat16, which autocast makes, is too coarse for a covariance or distance."""
+    """At least float32: autocast's bfloat16 is too coarse for a covariance or a distance."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -201,7 +205,7 @@ def positive(x):
 
 
 def point(mu, sigma):
-    """[mu, sqrt(sigma)]: (..., d) twice -> (..., 2d). W2 of Gaussians is the distance of such points.
+    """[mu, sqrt(sigma)]: (..., d) twice -> (..., 2d). W2 is the distance of such points.
 
     The - 1 moves all points alike, which changes no distance and keeps the numbers small.
     """
@@ -209,9 +213,9 @@ def point(mu, sigma):
 
 
 def wasserstein(a, b):
-    """W2^2 = |mu_a - mu_b|^2 + |sqrt(Sigma_a) - sqrt(Sigma_b)|^2, eq. (11), as |a|^2 + |b|^2 - 2 a.b
+    """W2^2 = |mu_a - mu_b|^2 + |sqrt(Sigma_a) - sqrt(Sigma_b)|^2, eq. (11), each with each.
 
-    of the Gaussians' points: (..., Q, 2d) and (..., K, 2d) -> (..., Q, K), each with each.
+    As |a|^2 + |b|^2 - 2 a.b of the Gaussians' points: (..., Q, 2d), (..., K, 2d) -> (..., Q, K)
     """
     with torch.autocast(a.device.type, enabled=False):
         a_squared = a.square().sum(-1)[..., None]           # (..., Q, 1)
@@ -244,7 +248,7 @@ class Stream(nn.Module):
         return wide(x.unflatten(-1, (self.heads, -1)).transpose(1, 2))
 
     def finish(self, x, z):
-        """x + z + FFN(LayerNorm(x + z)), eqs. (14), (15): z (B, heads, L, d / heads), x (B, L, d)."""
+        """x + z + FFN(LayerNorm(x + z)), eqs. (14), (15): x (B, L, d), z (B, heads, L, .)."""
         z = x + self.dropout(self.out(z.transpose(1, 2).flatten(2)))
         return z + self.dropout(self.ffn(self.norm(z)))
 
@@ -295,7 +299,8 @@ class SRMML(nn.Module):
         super().__init__()
         check_catalog(catalog)
         n_lang = int(catalog["lang"].max())
-        check(n_lang <= cfg.languages, f"languages {cfg.languages} is less than the data's {n_lang}")
+        check(n_lang <= cfg.languages,
+              f"languages {cfg.languages} is less than the {n_lang} of the data")
         self.cfg = cfg
         N, d = catalog["n_items"], cfg.dim
         streams = ("mu", "sigma") if cfg.use_gaussian else ("mu",)
@@ -349,7 +354,7 @@ class SRMML(nn.Module):
         return self.cfg.gate_scale * self.gate(y)
 
     def states(self, seq, table):
-        """Points of the users' Gaussians at every position: (B, L) -> (B, L, 2d), w/o PM (B, L, d)."""
+        """Points of the users' Gaussians at every position: (B, L) -> (B, L, 2d), w/o PM d."""
         L = seq.shape[1]
         gate = F.embedding(seq, table["gate"])                                # (B, L, d)
         E = {}

@@ -1,4 +1,4 @@
-"""Raw data -> `data/<name>/`. One file per place that data comes from; a new one is on the command line at once.
+"""Raw data -> `data/<name>/`. One file per place that data comes from.
 
 A source is a module in this folder that has
 
@@ -11,11 +11,12 @@ and, only where they apply,
     knows(name) -> bool                  further names, where NAMES cannot list them all
     fetch(name, raw, mirror) -> Path     bring a named data set into the folder `raw`; files already
                                          there are kept. Needed with NAMES or knows
-    BY = ("article", "product")          what an item can be, the default first; read takes it as `by`
-    pictures_in(folder) -> int           how many pictures lie there that read finds by looking: when
+    BY = ("article", "product")          what an item can be, the default first; read takes `by`
+    pictures_in(folder) -> int           how many pictures lie there that read finds by looking: if
                                          there are more than before, the folder is read again
 
-`Raw` and what helps to read tables are in common/tables.py. unisrec.py is a short example.
+`Raw` and what helps to read tables are in common/tables.py; amazon_m2.py is a short example. A new
+file is on the command line at once.
 """
 import importlib
 import json
@@ -30,7 +31,14 @@ import numpy as np
 
 from common.features import write_features
 from common.files import (
-    UserError, alone_in, atomic, keys_sha256, read_json, set_aside, sha256, write_json,
+    UserError,
+    alone_in,
+    atomic,
+    keys_sha256,
+    read_json,
+    set_aside,
+    sha256,
+    write_json,
 )
 from common.tables import Raw
 
@@ -49,18 +57,18 @@ def knows(source, name) -> bool:
     return hasattr(source, "knows") and source.knows(name)
 
 
-# ------------------------------------------------------------------ prepare: what, from where, is it done
+# ---------------- prepare: what, from where, is it done
 
 def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
     """A known name, a folder of raw files or a processed folder -> the processed folder.
 
-    Work that is done is not done again: a folder's files are compared by size, time and SHA-256, and
-    so is the code of the source. What a changed source or option replaces is renamed to `<name>~1`,
-    never deleted.
+    Work that is done is not done again: a folder's files are compared by size, time and SHA-256,
+    and so is the code of the source. What a changed source or option replaces is renamed to
+    `<name>~1`, never deleted.
 
-    core: k of the iterative k-core on users and items; None = what the source's papers do (none for a
-    folder). mirror: base URL to download from instead of the built-in ones. by: what an item is, where
-    the source has a choice. Raises UserError.
+    core: k of the iterative k-core on users and items; None = what the source's papers do (none
+    for a folder). mirror: base URL to download from instead of the built-in ones. by: what an item
+    is, where the source has a choice. Raises UserError.
     """
     folder = Path(where)
     if (folder / "source.json").is_file() and (folder / "sequences.npz").is_file():
@@ -155,7 +163,7 @@ def source_of_folder(folder):
 
 
 def slug(name) -> str:
-    """A folder name of [a-z0-9_-] only: no separator, no dot, nothing that could leave the folder."""
+    """A folder name of [a-z0-9_-] only: nothing in it could leave the folder."""
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-") or "data"
 
 
@@ -223,7 +231,7 @@ def carry_out(order, mirror, reason):
     if order.name:
         raw_folder = order.source.fetch(order.name, order.raw, mirror)
     print(f"preparing {order.out} from {raw_folder}", flush=True)
-    pictures = order.pictures    # counted before they are read: what comes meanwhile is noticed later
+    pictures = order.pictures    # counted before they are read: later ones will be noticed
     choice = {"by": order.by} if order.by else {}
     raw = order.source.read(raw_folder, order.name, **choice)
     if order.core is not None:
@@ -242,7 +250,7 @@ def carry_out(order, mirror, reason):
     build(raw, order.out, about, reason)
 
 
-# ------------------------------------------------------------------ build: filter, number, write
+# ---------------- build: filter, number, write
 
 class Columns:
     """The interactions as parallel arrays of codes, and what each filter has left of them."""
@@ -258,7 +266,7 @@ class Columns:
         self.count("read")
 
     def keep(self, step, which):
-        """Keep some of the interactions (mask or positions), and count them under the step's name."""
+        """Keep some of the interactions (mask or positions); count them under the step's name."""
         self.users = self.users[which]
         self.items = self.items[which]
         self.times = self.times[which]
@@ -342,12 +350,13 @@ def apply_filters(raw, columns, item_keys, name):
     if not len(columns.users):
         steps = ", ".join(step["step"] for step in columns.steps)
         raise UserError(
-            f"no interactions of {name} are left after its filters ({steps}): ask for a smaller --core"
+            f"no interactions of {name} are left after its filters ({steps}): ask for a smaller "
+            f"--core"
         )
 
 
 def sequences_of(columns, kept_users, kept_items) -> dict:
-    """{"items": ids 1..N of all users, one user after the other, "times", "offsets": where each begins}"""
+    """{"items": ids 1..N, one user after the other, "times", "offsets": where each user begins}"""
     users = np.searchsorted(kept_users, columns.users)
     items = np.searchsorted(kept_items, columns.items)
     order = np.lexsort((np.arange(len(users)), columns.times, users))

@@ -1,13 +1,14 @@
 """Amazon reviews of 2014, 2018 and 2023: download, read, join with the product metadata.
 
-        reviews, one JSON object a line        metadata, one object a line
-2014    reviewerID, asin, unixReviewTime       asin, title, description, categories, brand, imUrl (Python literals)
-2018    the same names                         asin, title, description, category, brand, imageURL, imageURLHighRes
-2023    user_id, parent_asin, timestamp (ms)   parent_asin, title, description, categories, store, images
+        reviews, one object a line             metadata, one object a line: title, description and
+2014    reviewerID, asin, unixReviewTime       asin, categories, brand, imUrl (Python literals)
+2018    the same names                         asin, category, brand, imageURL, imageURLHighRes
+2023    user_id, parent_asin, timestamp (ms)   parent_asin, categories, store, images
 
-Reviews of 2014 and 2018 are dated to the day. `<Category>_5` holds the reviews of persons and products with
-five. Sources: https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html (2014),
-https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ (2018), https://amazon-reviews-2023.github.io (2023).
+Reviews of 2014 and 2018 are dated to the day. `<Category>_5` holds the reviews of persons and
+products with five. Sources: https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html (2014),
+https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ (2018), https://amazon-reviews-2023.github.io
+(2023).
 """
 import ast
 import json
@@ -26,7 +27,7 @@ HOSTS = ("images-amazon.com", "ssl-images-amazon.com", "media-amazon.com")    # 
 YEAR_1995 = 788_918_400    # in seconds; the first review is from 1995
 YEAR_2100 = 4_102_444_800
 
-# edition: (path of the reviews, path of the metadata, ((base address, suffix of the files there), ...));
+# edition: (path of the reviews, path of the metadata, ((base address, suffix of files), ...));
 # {} is the category
 EDITIONS = {
     "2014": ("reviews_{}_5.json", "meta_{}.json", (
@@ -78,7 +79,8 @@ def recognises(folder) -> bool:
 def fetch(name, raw, mirror) -> Path:
     """Bring a known set's reviews and metadata into the folder `raw`; files already there are kept.
 
-    mirror: base address that replaces the built-in ones. Raises UserError when a file cannot be had.
+    mirror: base address that replaces the built-in ones. Raises UserError when a file cannot be
+    had.
     """
     paths, bases = paths_and_bases(name)
     missing = [path for path in paths if not file_for(raw, path)]
@@ -118,7 +120,7 @@ def read(folder, name) -> Raw:
     )
 
 
-# ------------------------------------------------------------------ which files
+# ---------------- which files
 
 def paths_and_bases(name) -> tuple:
     """([path of the reviews, path of the metadata], base addresses) of a known set."""
@@ -140,7 +142,7 @@ def addresses(path, bases, mirror) -> list:
 
 
 def file_for(folder, path):
-    """The file in the folder that stands for a set's path: compressed or not, 5-core or all reviews."""
+    """The file that stands for a set's path: compressed or not, 5-core or all reviews."""
     name = Path(path).name
     for stem in (name, name.replace("_5.json", ".json")):
         for suffix in (".gz", ""):
@@ -197,7 +199,7 @@ def categories_in(folder) -> dict:
 
 
 def clock_of(path):
-    """"day" or "seconds", told by the field names in the first lines; None if they are no reviews."""
+    """"day" or "seconds", told by the fields of the first lines; None if they are no reviews."""
     try:
         for _, text in islice(text_lines(path), 100):
             row = parse(text)
@@ -209,7 +211,7 @@ def clock_of(path):
     return None
 
 
-# ------------------------------------------------------------------ lines
+# ---------------- lines
 
 def parse(text):
     """Object or Defect. literal_eval, for the metadata of 2014, builds values and runs nothing."""
@@ -264,7 +266,7 @@ def read_reviews(path) -> tuple:
 
 
 def read_metadata(path, wanted) -> tuple:
-    """-> catalog of the wanted items, counts. A product described twice keeps its first description."""
+    """-> catalog of the wanted items, counts. Of a product described twice, the first counts."""
     catalog = {}
     seen = set()
 
@@ -302,7 +304,7 @@ def duplicates(*columns) -> int:
     return int((codes[:, 1:] == codes[:, :-1]).all(0).sum())
 
 
-# ------------------------------------------------------------------ values
+# ---------------- values
 
 def key_of(value) -> str:
     """A person's or product's key on one line; "" for what is no key."""
@@ -313,7 +315,7 @@ def key_of(value) -> str:
 
 
 def seconds(value):
-    """Whole seconds since 1970 from seconds or milliseconds; None for what is no time up to 2100."""
+    """Whole seconds since 1970 from seconds or milliseconds; None for no time up to 2100."""
     try:
         value = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -353,7 +355,7 @@ def category_path(row) -> list:
 
 
 def images_of(row) -> list:
-    """Addresses of a product's pictures: the largest size there is, distinct, at most MAX_IMAGES."""
+    """Addresses of a product's pictures: the largest size, distinct, at most MAX_IMAGES."""
     thumbnails = as_list(row.get("imageURL") or row.get("image"))
     sizes = [
         [image.get(size) for size in ("hi_res", "large", "thumb")]

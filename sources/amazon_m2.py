@@ -1,11 +1,15 @@
-"""Amazon-M2 (KDD Cup 2023): shopping sessions in six locales, with the products' texts and without pictures.
+"""Amazon-M2 (KDD Cup 2023): shopping sessions in six locales, with the products' texts, no picture.
 
-sessions_train.csv   prev_items,next_item,locale; prev_items is a printed array, "['B01' 'B02'\\n 'B03']", over many lines
-products_train.csv   id,locale,title,price,brand,color,size,model,material,author,desc; most cells may be empty
+sessions_train.csv   prev_items,next_item,locale; prev_items is a printed array over many lines,
+                     "['B01' 'B02'\\n 'B03']"
+products_train.csv   id,locale,title,price,brand,color,size,model,material,author,desc; most cells
+                     may be empty
 
-Both may be compressed (.csv.gz). There are no users and no times: a session is taken for a user, its order for
-time. A product has one row a locale, in the locale's language, so an item is a product in a locale: `B01@UK`.
-Source: https://www.aicrowd.com/challenges/amazon-kdd-cup-23-multilingual-recommendation-challenge (asks for a login).
+Both may be compressed (.csv.gz). There are no users and no times: a session is taken for a user,
+its order for time. A product has one row a locale, in the locale's language, so an item is a
+product in a locale: `B01@UK`. Source:
+https://www.aicrowd.com/challenges/amazon-kdd-cup-23-multilingual-recommendation-challenge (asks
+for a login).
 """
 import re
 from collections import Counter
@@ -37,7 +41,7 @@ def recognises(folder) -> bool:
 
 
 def fetch(name, raw, mirror):
-    """The folder with the two tables, which serve all names: `m2` beside the folder `raw`, or `raw`.
+    """The folder with the two tables, for all names: `m2` beside the folder `raw`, or `raw`.
 
     Raises UserError where they have not been put by hand.
     """
@@ -46,19 +50,20 @@ def fetch(name, raw, mirror):
         if recognises(folder):
             return folder
     raise UserError(
-        f"{name} asks for a login and cannot be downloaded from here: get {SESSIONS} and {PRODUCTS} "
-        f"from {PAGE} and put them into {shared.resolve()}"
+        f"{name} asks for a login and cannot be downloaded from here: get {SESSIONS} and "
+        f"{PRODUCTS} from {PAGE} and put them into {shared.resolve()}"
     )
 
 
 def read(folder, name) -> Raw:
-    """The sessions of the locale that the name says, or of all (`m2`, and a folder), with their products.
+    """The sessions of a name's locale, or of all (`m2`, and a folder), with their products.
 
-    Nothing is filtered, by name or not. SRMML speaks of dropping what occurs fewer than five times, but
-    prints the counts of sessions that nothing was dropped from, and a session has about five items, so
-    that a 5-core would drop most.
+    Nothing is filtered, by name or not. SRMML speaks of dropping what occurs fewer than five
+    times, but prints the counts of sessions that nothing was dropped from, and a session has about
+    five items, so that a 5-core would drop most.
 
-    Raises UserError for a table that lacks a column, is damaged, or has more than 1 % unusable lines.
+    Raises UserError for a table that lacks a column, is damaged, or has more than 1 % unusable
+    lines.
     """
     wanted = LOCALES.get(name)
     locales = {wanted} if wanted else LANGUAGES.keys()
@@ -110,7 +115,7 @@ def read_sessions(path, locales) -> tuple:
 
 
 def read_products(path, used) -> tuple:
-    """-> catalog of the used items, counts. A product described twice in a locale keeps the first."""
+    """-> catalog of the used items, counts. Of a product described twice, the first counts."""
     catalog = {}
     found = Counter()
 
@@ -136,5 +141,5 @@ def read_products(path, used) -> tuple:
 
 
 def known(*cells) -> list:
-    """Clean, distinct texts of the cells that are not missing; some programs write "nan" for one."""
+    """Clean, distinct texts of the cells that are not missing; some programs write "nan"."""
     return [text for text in sentences(*cells) if text.casefold() != "nan"]

@@ -1,19 +1,21 @@
-"""A small shop that is generated and drawn, and whose next-purchase probabilities are known exactly.
+"""A small shop, generated and drawn, whose next-purchase probabilities are known exactly.
 
-How an item looks (colour, pattern, shape) is only in its picture; its wording (theme, make, language) is only
-in its title; its category (bag, mug, lamp, clock, cushion, pendant) is in both. Users buy what matches the
-looks and the wording of what they bought last, or follow habits. `step` says with which probability: the
-generator draws from it, and `oracle` averages it over the kinds of user, which it cannot see. So the shop is
-an instrument: no model beats the full oracle but by luck. The oracles that see no pictures, no titles or
-neither still know habits and popularity, but do not learn looks from what is bought together, as a model may
-that has item ids: for such a model they are no bound.
+How an item looks (colour, pattern, shape) is only in its picture; its wording (theme, make,
+language) is only in its title; its category (bag, mug, lamp, clock, cushion, pendant) is in both.
+Users buy what matches the looks and the wording of what they bought last, or follow habits. `step`
+says with which probability: the generator draws from it, and `oracle` averages it over the kinds
+of user, which it cannot see. So the shop is an instrument: no model beats the full oracle but by
+luck. The oracles that see no pictures, no titles or neither still know habits and popularity, but
+do not learn looks from what is bought together, as a model may that has item ids: for such a model
+they are no bound.
 
-What is artificial: new items arrive just before each user's last two purchases; looks and wording are
-independent, so a title restores nothing of a missing picture but the category; the oracle knows how popular
-each item really is.
+What is artificial: new items arrive just before each user's last two purchases; looks and wording
+are independent, so a title restores nothing of a missing picture but the category; the oracle
+knows how popular each item really is.
 
-All randomness is `RandomState.random_sample` and own arithmetic on it, so the shop is the same under any
-numpy. `demo-b` is a second shop: other items and users; the same looks, words and tastes.
+All randomness is `RandomState.random_sample` and own arithmetic on it, so the shop is the same
+under any numpy. `demo-b` is a second shop: other items and users; the same looks, words and
+tastes.
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ class World:
     shortest: int = 5          # a user's purchases: shortest + geometric ...
     mean: float = 9.0          # ... with this mean ...
     longest: int = 30          # ... cut at this length
-    new: float = .04           # share of the items that are on the shelf for the last two purchases only
+    new: float = .04    # share of the items that are on the shelf for the last two purchases only
     rare: float = .30          # share of the old items whose popularity is divided by 4
     no_picture: float = .05
     no_title: float = .05      # no item lacks both
@@ -57,9 +59,9 @@ CHANNELS = (                                   # by kind: shares of (match, habi
     (.90, .04, .06),
     (.20, .74, .06),
 )
-SUCCESSORS = np.array([.6, .4])                # habit: shares of an old item's two planted successors
-ATTRIBUTES = {    # shares of the values; how likely the next value on the wheel and any other are, if
-                  # the same value is 1
+SUCCESSORS = np.array([.6, .4])    # habit: shares of an old item's two planted successors
+# shares of the values; how likely the next value on the wheel and any other are, if the same is 1
+ATTRIBUTES = {
     "colour": (6 * [1], .3, .04),
     "pattern": (3 * [1], .2, .2),
     "shape": (4 * [1], .4, .4),
@@ -78,17 +80,17 @@ VIEWS = {                                      # what an oracle sees
 }
 
 
-# ------------------------------------------------------------------ chance
+# ---------------- chance
 
 def stream(world, part):
-    """random_sample of a generator for each part of a world: one part's draws do not move the others."""
+    """random_sample of a generator for each part of a world: no part moves the others."""
     parts = ("items", "users", "times", "words", "pictures")
     seed = len(parts) * world.seed + parts.index(part)
     return np.random.RandomState(seed).random_sample
 
 
 def order(uniform):
-    """The positions that sort each row, a random order where the row is random: (..., n) -> (..., n)"""
+    """The positions that sort each row, a random order of random rows: (..., n) -> (..., n)"""
     return np.argsort(uniform, axis=-1, kind="stable")
 
 
@@ -104,10 +106,10 @@ def choose(weights, uniform):
     return (cdf <= uniform[:, None] * cdf[:, -1:]).sum(1)
 
 
-# ------------------------------------------------------------------ items and users
+# ---------------- items and users
 
 def make_items(world):
-    """All about the items that decides what is bought, by name: arrays (N+1, ...), row 0 is padding."""
+    """All about the items that decides what is bought: arrays (N+1, ...), row 0 is padding."""
     n = world.n_items
     uniform = stream(world, "items")
     columns = {name: spread(uniform(n), shares) for name, (shares, _, _) in ATTRIBUTES.items()}
@@ -168,7 +170,7 @@ def make_times(world):
     return (ARRIVAL + DAY * steps * pace[:, None] + second[:, None]).astype(int)
 
 
-# ------------------------------------------------------------------ what is bought next, and the oracle
+# ---------------- what is bought next, and the oracle
 
 class Taste:
     """What moves purchases, as far as somebody knows who sees titles ("text"), pictures ("image"),
@@ -181,14 +183,16 @@ class Taste:
         self.pictured = arrays["pictured"] & ("image" in sees)
         self.titled = arrays["titled"] & ("text" in sees)
         self.category = closeness(arrays, ("category",), self.pictured | self.titled, 1)
-        self.look = [closeness(arrays, LOOK, self.pictured, a) for a, _ in SHARPNESS]        # by kind
-        self.wording = [closeness(arrays, WORDING, self.titled, b) for _, b in SHARPNESS]    # by kind
+        # by kind of user
+        self.look = [closeness(arrays, LOOK, self.pictured, a) for a, _ in SHARPNESS]
+        self.wording = [closeness(arrays, WORDING, self.titled, b) for _, b in SHARPNESS]
 
 
 def closeness(arrays, names, seen, power):
-    """How much likelier item j (column) is after item i (row): (N+1, N+1), a product over attributes.
+    """How much likelier item j (column) is after item i (row): (N+1, N+1), over attributes.
 
-    A column that is not seen gets the mean of those that are; a row that is not seen says nothing: 1.
+    A column that is not seen gets the mean of those that are; a row that is not seen says nothing:
+    1.
     """
     factor = np.ones((len(seen), len(seen)))
     for name in names:
@@ -212,9 +216,9 @@ def last_seen(prefix, seen):
 def step(taste, kind, prefix, late):
     """Probabilities (R, N+1) of the next purchase of R users of one kind.
 
-    prefix: all that they bought before, in order (R, L), 0 = padding. late: are the new items on the
-    shelf? Habit acts as `any` where it has nothing to offer: after a new item, or when both successors
-    are bought.
+    prefix: all that they bought before, in order (R, L), 0 = padding. late: are the new items on
+    the shelf? Habit acts as `any` where it has nothing to offer: after a new item, or when both
+    successors are bought.
     """
     rows = np.arange(len(prefix))[:, None]
     on_shelf = np.where(taste.new & (not late), 0, taste.popularity)
@@ -235,13 +239,13 @@ def step(taste, kind, prefix, late):
 
 
 def oracle(arrays, histories, sees=VIEWS["full"], late=LATE):
-    """Probabilities (U, N+1) of the next purchase for whoever knows the shop and the history, but not
-    the kind of user.
+    """Probabilities (U, N+1) of the next purchase for whoever knows the shop and the history, but
+    not the kind of user.
 
-    arrays: `extra["oracle"]` of `read`. histories: all that each user bought before, left-padded ids
-    (U, L). late: how many of a user's purchases up to the predicted one have new items on the shelf:
-    0 training, 1 validation, 2 test. Factors that are not seen are 1. Each row sums to 1; column 0 and
-    what was bought are 0.
+    arrays: `extra["oracle"]` of `read`. histories: all that each user bought before, left-padded
+    ids (U, L). late: how many of a user's purchases up to the predicted one have new items on the
+    shelf: 0 training, 1 validation, 2 test. Factors that are not seen are 1. Each row sums to 1;
+    column 0 and what was bought are 0.
     """
     taste = Taste(arrays, sees)
     histories = np.asarray(histories)
@@ -268,11 +272,11 @@ def average_kinds(taste, histories, late):
 
 
 def ceiling(arrays, histories, targets, late=LATE, among=None, k=10):
-    """Recall and NDCG of ranking by the oracle: {view: {"expected" | "realised": {"recall@10": ...}}}
+    """Ranking by the oracle: {view: {"expected" | "realised": {"recall@10": ..., "ndcg@10": ...}}}
 
-    histories (U, L), targets (U,), late: as in `oracle`. among: optional mask (N+1,) of the targets
-    that count, such as cold items. Expected: by the full oracle's probabilities, which are the truth,
-    whatever the view. Realised: on the targets. Ties count against the target.
+    histories (U, L), targets (U,), late: as in `oracle`. among: optional mask (N+1,) of the
+    targets that count, such as cold items. Expected: by the full oracle's probabilities, which are
+    the truth, whatever the view. Realised: on the targets. Ties count against the target.
     """
     by_view = {view: oracle(arrays, histories, sees, late) for view, sees in VIEWS.items()}
     truth = by_view["full"]
@@ -290,7 +294,7 @@ def ceiling(arrays, histories, targets, late=LATE, among=None, k=10):
 
 
 def gains(p, ids, weights, total, k):
-    """Recall and NDCG at k of the items `ids` (U, n), each with its weight, when ranked by p (U, N+1)."""
+    """Recall and NDCG at k of items `ids` (U, n) with their weights, ranked by p (U, N+1)."""
     ranks = []
     for column in ids.T:
         ranks.append((p >= np.take_along_axis(p, column[:, None], 1)).sum(1))
@@ -300,8 +304,8 @@ def gains(p, ids, weights, total, k):
 
 
 def reached(folder, histories, targets) -> dict:
-    """{"oracle": metrics, "oracle without text": ...} on the test targets of a processed shop; {} for
-    any other folder."""
+    """{"oracle": metrics, "oracle without text": ...} on the test targets of a processed shop; {}
+    for any other folder."""
     if not (folder / "oracle.npz").is_file():
         return {}
     with np.load(folder / "oracle.npz", allow_pickle=False) as arrays:
@@ -312,7 +316,7 @@ def reached(folder, histories, targets) -> dict:
     }
 
 
-# ------------------------------------------------------------------ titles
+# ---------------- titles
 
 MAKES = ("Orvelle", "Marukita", "Solvane", "Tibrena")
 NOUNS = {    # by category
@@ -393,7 +397,7 @@ def describe(category, theme, make, language, words):
     return {"title": title, "text": text, "language": language}
 
 
-# ------------------------------------------------------------------ pictures
+# ---------------- pictures
 # Everything is a signed distance, negative inside, in units of the body; x runs right, y down.
 
 SIDE = 96                         # pixels
@@ -519,7 +523,7 @@ def draw(colour, pattern, shape, category, jitter):
     return np.floor(np.clip(canvas, 0, 255) + .5).astype(np.uint8)
 
 
-# ------------------------------------------------------------------ the source
+# ---------------- the source
 
 def recognises(folder):
     return False    # nobody has this shop in a folder of their own
@@ -530,7 +534,7 @@ def item_keys(world):
 
 
 def fetch(name, raw, mirror=None):
-    """Draw the shop into raw/images; raw/world.json is written last and says of which world they are."""
+    """Draw the shop into raw/images; raw/world.json, written last, says of which world."""
     world = WORLDS[name]
     done = Path(raw) / "world.json"
     if done.exists() and read_json(done) == asdict(world):

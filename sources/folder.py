@@ -1,9 +1,11 @@
-"""Your own data: a folder with `interactions.csv` and, if you have them, `items.jsonl` and pictures.
+"""Your own data: a folder with interactions.csv and, if you have them, items.jsonl and pictures.
 
-interactions.csv   header user,item,time. time (or timestamp): seconds since 1970 or an ISO date; equal times
-                   keep the file's order; without a time column the order of the lines is the order of events.
-items.jsonl        one JSON object a line: {"item": ..., "title": ..., "text": str or [str], "language": "en",
-                   "images": [path in this folder, or URL]}; every key but "item" is optional.
+interactions.csv   header user,item,time. time (or timestamp): seconds since 1970 or an ISO date;
+                   equal times keep the file's order; without a time column the order of the lines
+                   is the order of events.
+items.jsonl        one JSON object a line: {"item": ..., "title": ..., "text": str or [str],
+                   "language": "en", "images": [path in this folder, or URL]}; every key but "item"
+                   is optional.
 """
 import re
 from collections import Counter
@@ -28,7 +30,7 @@ def recognises(folder) -> bool:
 
 
 def read(folder, name) -> Raw:
-    """Raises UserError for a missing column, an unreadable file, or more than 1 % unusable lines."""
+    """Raises UserError for a missing column, a damaged file, or more than 1 % unusable lines."""
     report = {}
     users, items, times, clock = read_interactions(folder / INTERACTIONS, report)
     catalog = {}
@@ -38,7 +40,7 @@ def read(folder, name) -> Raw:
     return Raw(users, items, times, catalog, report=report, clock=clock, image_root=root)
 
 
-# ------------------------------------------------------------------ interactions
+# ---------------- interactions
 
 def read_interactions(path, report) -> tuple:
     """-> users, items, times in seconds (parallel lists), clock."""
@@ -72,7 +74,7 @@ def read_interactions(path, report) -> tuple:
 
 
 def seconds(text):
-    """Seconds since 1970 (UTC where no zone is written) from a number or an ISO date; None if neither."""
+    """Seconds since 1970 (UTC if no zone is written) of a number or an ISO date; else None."""
     try:
         value = float(text)
     except ValueError:
@@ -89,7 +91,7 @@ def seconds(text):
 
 
 def in_seconds(times, path, report):
-    """Times in smaller units, told by their size, as seconds. Raises UserError where units are mixed."""
+    """Times in smaller units, told by their size, as seconds. Raises UserError for mixed ones."""
     for unit, scale in UNITS:
         if len(times) and times.min() > YEAR_2100 * scale / 1e3:
             times = times / scale
@@ -101,7 +103,7 @@ def in_seconds(times, path, report):
     return times
 
 
-# ------------------------------------------------------------------ items
+# ---------------- items
 
 def read_items(path, report) -> dict:
     """item key -> what is known of it."""
@@ -132,7 +134,7 @@ def read_items(path, report) -> dict:
 
 
 def images_of(row, found) -> list:
-    """Picture addresses, and paths inside the folder; one that is absolute or climbs out is refused."""
+    """Picture addresses, and paths inside the folder; one that leaves it is refused."""
     images = row.get("images", row.get("image")) or []
     kept = []
     for image in images if isinstance(images, list) else [images]:

@@ -1,13 +1,15 @@
-"""H&M purchases as Kaggle gives them out: a folder with three things, of which only the first has to be there.
+"""H&M purchases as Kaggle gives them out: a folder with three things; the first is needed.
 
-transactions_train.csv   t_dat (YYYY-MM-DD), customer_id, article_id; price and sales channel are not read
-articles.csv             article_id, prod_name and, where present, detail_desc and the names of type, group and colour
+transactions_train.csv   t_dat (YYYY-MM-DD), customer_id, article_id; no more is read
+articles.csv             article_id, prod_name and, where present, detail_desc and the names of
+                         type, group and colour
 images/                  <first 3 digits>/<article_id>.jpg; the folder may be a link
 
-Both tables may be compressed (.csv.gz). An article id has ten digits, the first of them a zero that
-spreadsheets lose. Its first seven digits are the product, whose colours the articles are; `by` says which of
-the two is the item.
-Source: https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations (asks for a login).
+Both tables may be compressed (.csv.gz). An article id has ten digits, the first of them a zero
+that spreadsheets lose. Its first seven digits are the product, whose colours the articles are;
+`by` says which of the two is the item. Source:
+https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations (asks for a
+login).
 """
 import glob
 import os
@@ -37,7 +39,7 @@ def recognises(folder) -> bool:
 
 
 def fetch(name, raw, mirror):
-    """The folder `raw` with the tables that were put there by hand. Raises UserError if one is missing."""
+    """The folder `raw` with the tables that were put there by hand. Raises UserError."""
     missing = [table for table in (SALES, ARTICLES) if not placed(raw, table)]
     if missing:
         raise UserError(
@@ -49,13 +51,14 @@ def fetch(name, raw, mirror):
 
 
 def read(folder, name, by="article") -> Raw:
-    """The purchases in a folder, by article or by product, with texts and pictures of what was sold.
+    """The purchases in a folder, by article or product, with texts and pictures of what was sold.
 
     The whole set, asked for by name, has some 300 purchases an article and is cut to its 5-core. A
-    folder is taken as it is: in a sample of the customers an article has one or two purchases, and a
-    5-core would leave next to nothing.
+    folder is taken as it is: in a sample of the customers an article has one or two purchases, and
+    a 5-core would leave next to nothing.
 
-    Raises UserError for a table that lacks a column, is damaged, or has more than 1 % unusable lines.
+    Raises UserError for a table that lacks a column, is damaged, or has more than 1 % unusable
+    lines.
     """
     digits = DIGITS[by]
     users, sold_articles, times, counts = read_sales(placed(folder, SALES))

@@ -1,10 +1,10 @@
-"""The processed files that UniSRec and MISSRec publish: `<D>.train.inter .valid.inter .test.inter .text
-.item2index .user2index` and, where present, `<D>.feat1CLS` (text) and `<D>.feat3CLS` (image): raw float32,
-one row per item index.
+"""The processed files that UniSRec and MISSRec publish: `<D>.train.inter .valid.inter .test.inter
+.text .item2index .user2index` and, where present, `<D>.feat1CLS` (text) and `<D>.feat3CLS`
+(image): raw float32, one row per item index.
 
-Their `.inter` files hold one row per prefix, cut to the last 50 items; the whole sequence is put together
-again here. They have an order but no times.
-Sources: github.com/RUCAIBox/UniSRec, github.com/gimpong/MM23-MISSRec.
+Their `.inter` files hold one row per prefix, cut to the last 50 items; the whole sequence is put
+together again here. They have an order but no times. Sources: github.com/RUCAIBox/UniSRec,
+github.com/gimpong/MM23-MISSRec.
 """
 from collections import defaultdict
 
@@ -29,7 +29,7 @@ def recognises(folder) -> bool:
 
 
 def read(folder, name) -> Raw:
-    """Raises UserError where a file is missing, an index has no name, or a feature file another size."""
+    """Raises UserError for a missing file, an unnamed index, a feature file of another size."""
     stems = sorted(path.stem for path in folder.glob("*.item2index"))
     if len(stems) > 1:
         raise UserError(
@@ -71,7 +71,7 @@ def read(folder, name) -> Raw:
 
 
 def lines(path, columns):
-    """Rows of a tab-separated file; a first line with `:token` in it is the header and is left out."""
+    """Rows of a tab-separated file, without a header (a first line with `:token` in it)."""
     try:
         file = open(path, encoding="utf-8-sig", errors="replace")
     except FileNotFoundError:
@@ -86,7 +86,8 @@ def lines(path, columns):
             row = line.rstrip("\r\n").split("\t", columns - 1)
             if len(row) != columns:
                 raise UserError(
-                    f"{path}, line {number} has {len(row)} columns, not {columns}: fetch the file again"
+                    f"{path}, line {number} has {len(row)} columns, not {columns}: fetch the file "
+                    f"again"
                 )
             yield row
 
@@ -98,7 +99,8 @@ def read_index(path) -> list:
     keys = [by_index.get(str(i)) for i in range(len(rows))]
     if None in keys or len(set(keys)) < len(keys):
         raise UserError(
-            f"{path} must give the indices 0 to {len(rows) - 1}, each to one key: fetch the file again"
+            f"{path} must give the indices 0 to {len(rows) - 1}, each to one key: fetch the file "
+            f"again"
         )
     return keys
 
@@ -147,7 +149,7 @@ def read_features(path, n_items):
     rows = np.fromfile(path, np.float32)
     if rows.size == 0 or rows.size % n_items or not np.isfinite(rows).all():
         raise UserError(
-            f"{path} must hold finite float32 rows for {n_items} items, but has {rows.size} numbers "
-            f"or some that are not finite: fetch the file again"
+            f"{path} must hold finite float32 rows for {n_items} items, but has {rows.size} "
+            f"numbers or some that are not finite: fetch the file again"
         )
     return rows.reshape(n_items, -1)

@@ -1,10 +1,11 @@
 """Fixtures that all tests share."""
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"    # also for processes that tests start: tiny tensors gain nothing
+os.environ["OMP_NUM_THREADS"] = "1"    # for processes that tests start, too
 
 import pytest
 import torch
+
 from helpers import REAL, Server, write_shop
 
 torch.set_num_threads(1)

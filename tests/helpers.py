@@ -1,4 +1,4 @@
-"""What several tests use: a tiny shop in the own-data format, a run of a script, a web server on this machine."""
+"""What several tests use: a tiny shop, a run of a script, a web server on this machine."""
 import contextlib
 import http.server
 import importlib

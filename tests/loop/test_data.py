@@ -1,195 +1,232 @@
-"""Split, rows and batches against loops over users; what users with 1, 2 and 3 items get; the temporal split."""
-import subprocess
-import sys
-
+"""Split, rows and batches against loops over users; users with 1, 2 and 3 items; the split at a
+time."""
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, write_shop
 
-import data as datasets
-from sources.common import UserError
+import data
+from common.files import UserError
+from helpers import run, write_shop
 
 
 @pytest.fixture
-def shop_data(tmp_path):
-    return datasets.load(write_shop(tmp_path / "shop"), root=tmp_path / "data")
+def dataset(tmp_path):
+    return data.load(write_shop(tmp_path / "shop"), root=tmp_path / "data")
 
 
-def histories(data):
-    return [data.flat[a:b].tolist() for a, b in zip(data.offsets, data.offsets[1:])]
+def histories(dataset):
+    ends = zip(dataset.offsets, dataset.offsets[1:])
+    return [dataset.flat[a:b].tolist() for a, b in ends]
 
 
 def write_csv(folder, lines):
     folder.mkdir()
-    (folder / "interactions.csv").write_text("user,item,time\n" + "".join(f"{x}\n" for x in lines))
+    rows = "".join(f"{line}\n" for line in lines)
+    (folder / "interactions.csv").write_text("user,item,time\n" + rows)
     return folder
 
 
+FEW = ["a,x,1", "b,x,1", "b,y,2", "c,x,1", "c,y,2", "c,z,3"]
+
+
+# ---------------- the split
+
 def test_users_with_one_two_and_three_items(tmp_path):
-    folder = write_csv(tmp_path / "few", ["a,x,1", "b,x,1", "b,y,2", "c,x,1", "c,y,2", "c,z,3"])
-    data = datasets.load(folder, root=tmp_path / "data")
-    assert data.train_seqs == [[1], [1, 2], [1]]                 # too short to be evaluated: all of it is trained on
-    assert data.targets["valid"].tolist()[:2] == data.targets["test"].tolist()[:2] == [-1, -1]
-    assert data.flat[data.targets["valid"][2]] == 2 and data.flat[data.targets["test"][2]] == 3
-    assert len(data.training_rows("sequences", 5)) == len(data.training_rows("prefixes", 5)) == 1
-    assert data.train_counts.tolist() == [0, 3, 1, 0]
+    dataset = data.load(write_csv(tmp_path / "few", FEW), root=tmp_path / "data")
+    # too short to be evaluated: all of it is trained on
+    assert dataset.train_seqs == [[1], [1, 2], [1]]
+    for split, item in (("valid", 2), ("test", 3)):
+        assert dataset.targets[split].tolist()[:2] == [-1, -1]
+        assert dataset.flat[dataset.targets[split][2]] == item
+    for kind in ("sequences", "prefixes"):
+        assert len(dataset.training_rows(kind, 5)) == 1
+    assert dataset.train_counts.tolist() == [0, 3, 1, 0]
 
 
-@pytest.mark.parametrize("max_len", [3, 50])
-def test_evaluated_rows(shop_data, max_len):
-    for split, back in (("valid", 2), ("test", 1)):              # the test input includes the validation item
-        rows = shop_data.evaluated_rows(split, max_len)
-        batch = rows.batch(torch.arange(len(rows)), max_len)
-        for row, items in zip(batch["seq"].tolist(), histories(shop_data)):
-            expected = items[:-back][-max_len:]
-            assert row == [0] * (max_len - len(expected)) + expected
-        assert rows.flat[rows.end].tolist() == [items[-back] for items in histories(shop_data)]
-        seen = rows.seen(torch.arange(len(rows)), 20)
-        for row, items in zip(seen.tolist(), histories(shop_data)):
-            assert row == [0] * (20 - len(items[:-back])) + items[:-back]     # uncut, whatever max_len is
-
-
-@pytest.mark.parametrize("kind", ["sequences", "prefixes"])
-@pytest.mark.parametrize("max_len", [4, 50])
-def test_an_epoch_has_every_row_once_and_trimmed(shop_data, kind, max_len):
-    expected = []
-    for user, items in enumerate(histories(shop_data)):
-        train = items[:-2]
-        ends = range(1, len(train)) if kind == "prefixes" else [len(train) - 1] * (len(train) > 1)
-        expected += [(user, train[max(0, e - max_len):e], train[max(0, e - max_len) + 1:e + 1]) for e in ends]
-    found, rows = [], shop_data.training_rows(kind, max_len)
-    for batch, index in rows.epoch(8, np.random.default_rng(0)):
-        assert batch["seq"][:, 0].any()                          # as long as its longest row, not longer
-        assert batch["seq"].dtype == torch.int64 and rows.users[index].tolist() == batch["user"].tolist()
-        for user, seq, target in zip(*(batch[k].tolist() for k in ("user", "seq", "target"))):
-            assert [i for i in seq if i] == seq[len(seq) - sum(map(bool, seq)):]   # left-padded
-            found.append((user, [i for i in seq if i], [i for i in target if i]))
-    assert sorted(found) == sorted(expected)
-
-
-def test_epochs_differ_and_are_repeatable(shop_data):
-    rows = shop_data.training_rows("prefixes", 50)
-    order = lambda seed: np.concatenate([index for _, index in rows.epoch(8, np.random.default_rng(seed))]).tolist()
-    assert order([0, 1]) == order([0, 1]) != order([0, 2])
-
-
-def test_batches_are_full_and_weigh_alike(tmp_path):
-    data = datasets.load(write_shop(tmp_path / "big", users=4000), root=tmp_path / "data")
-    batches = [b for b, _ in data.training_rows("sequences", 50).epoch(32, np.random.default_rng(0))]
-    targets = np.array([int((b["target"] != 0).sum()) for b in batches])
-    assert targets.max() <= 1.15 * targets.mean() and targets.min() >= .85 * targets.mean()
-    assert sum(targets) / sum(b["seq"].numel() for b in batches) > .93          # hardly any padding is left
-
-
-def test_the_split_at_a_time(shop_data, tmp_path):
-    data = datasets.load(tmp_path / "shop", root=tmp_path / "data", split="temporal")
-    first, second = np.quantile(data.times, .8), np.quantile(data.times, .9)
-    assert any(t >= 0 for t in data.targets["test"])
-    for u in range(data.n_users):
-        times = data.times[data.offsets[u]:data.offsets[u + 1]]
-        train = int((times < first).sum())
-        assert data.train_end[u] - data.offsets[u] == train
+def test_the_split_at_a_time(tmp_path):
+    write_shop(tmp_path / "shop")
+    dataset = data.load(tmp_path / "shop", root=tmp_path / "data", split="temporal")
+    first, second = np.quantile(dataset.times, .8), np.quantile(dataset.times, .9)
+    assert any(place >= 0 for place in dataset.targets["test"])
+    for u in range(dataset.n_users):
+        begin = dataset.offsets[u]
+        times = dataset.times[begin:dataset.offsets[u + 1]]
+        assert dataset.train_end[u] - begin == (times < first).sum()
         for split, low, high in (("valid", first, second), ("test", second, np.inf)):
             inside = [i for i, t in enumerate(times) if low <= t < high]
-            place = data.targets[split][u]
-            assert place == (data.offsets[u] + inside[0] if inside and inside[0] > 0 else -1)
+            expected = begin + inside[0] if inside and inside[0] > 0 else -1
+            assert dataset.targets[split][u] == expected
+
+
+def test_what_happens_at_the_cut_is_after_it(tmp_path):
+    """Ten purchases a second apart: the cuts, at 80 and 90 %, fall on times that occur."""
+    lines = [f"{'ab'[t % 2]},i{t},{1_500_000_000 + t}" for t in range(11)]
+    folder = write_csv(tmp_path / "cut", lines)
+    dataset = data.load(folder, root=tmp_path / "data", split="temporal")
+    assert dataset.times.min() + 8 == np.quantile(dataset.times, .8)
+    assert [dataset.items[i]["key"] for i in dataset.train_seqs[0]] == ["i0", "i2", "i4", "i6"]
+    valid = dataset.flat[dataset.targets["valid"][0]]
+    assert dataset.items[valid]["key"] == "i8"
+    test = [dataset.items[dataset.flat[place]]["key"] for place in dataset.targets["test"]]
+    assert test == ["i10", "i9"]
+    # who begins after a cut has no history to be tested with
+    lines.append(f"c,i1,{1_500_000_010}")
+    folder = write_csv(tmp_path / "late", lines)
+    late = data.load(folder, root=tmp_path / "data", split="temporal")
+    assert late.targets["test"][2] == -1
+
+
+def test_a_small_share_leaves_somebody(shop, tmp_path):
+    dataset = data.load(shop, root=tmp_path / "data", train_share=1e-6)
+    assert sum(map(bool, dataset.train_seqs)) == 1
 
 
 def test_an_order_is_no_time(tmp_path):
     folder = write_csv(tmp_path / "order", ["a,x,1", "a,y,2", "a,z,3"])
     with pytest.raises(UserError, match="no times"):
-        datasets.load(folder, root=tmp_path / "data", split="temporal")
+        data.load(folder, root=tmp_path / "data", split="temporal")
 
 
 def test_equal_times_keep_the_order_of_the_file(tmp_path):
     day = 1_500_000_000
-    folder = write_csv(tmp_path / "ties", [f"a,{item},{day}" for item in "zxy"] + [f"a,w,{day - 86_400}"])
-    data = datasets.load(folder, root=tmp_path / "data")
-    assert [data.items[i]["key"] for i in data.flat] == ["w", "z", "x", "y"]
-
-
-def test_the_same_numbers_under_any_hash_seed(tmp_path):
-    write_shop(tmp_path / "shop")
-    code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1]); import data; d = data.load('shop', root=sys.argv[2]);"
-            "print(hashlib.sha256(d.flat.tobytes() + d.offsets.tobytes() + str(d.items).encode()).hexdigest())")
-    digests = {subprocess.run([sys.executable, "-c", code, str(ROOT), f"data{seed}"], cwd=tmp_path, text=True, check=True,
-                              capture_output=True, env={"PYTHONHASHSEED": str(seed)}).stdout.splitlines()[-1] for seed in (1, 2)}
-    assert len(digests) == 1
-
-
-def test_a_damaged_processed_folder_is_one_sentence(shop_data):
-    path = shop_data.folder / "sequences.npz"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="remove the folder"):
-        datasets.load(shop_data.folder)
-
-
-def test_changed_items_are_refused(shop_data):
-    path = shop_data.folder / "items.jsonl"
-    lines = path.read_text().splitlines(True)
-    path.write_text("".join(lines[1:] + lines[:1]))
-    with pytest.raises(UserError, match="changed after"):
-        datasets.load(shop_data.folder).items
-
-
-def test_statistics_are_exact(tmp_path):
-    folder = write_csv(tmp_path / "few", ["a,x,1", "b,x,1", "b,y,2", "c,x,1", "c,y,2", "c,z,3"])
-    printed = run("data.py", folder, cwd=tmp_path).stdout
-    for line in ("users 3", "items 3", "interactions 6", "shortest, 25 %, median, 75 %, longest history 1 1 2 2 3",
-                 "empty cells of users x items 3 of 9 (33.33%)", "items with text 0 of 3 (0.00%)",
-                 "evaluated users (validation, test) 1 1"):
-        assert line in " ".join(printed.split()), printed
-
-
-def test_beauty_has_the_published_counts(real, tmp_path):
-    data = datasets.load(real("beauty"), root=tmp_path)
-    assert (data.n_users, data.n_items, len(data.flat)) == (22_363, 12_101, 198_502)
-
-
-def test_scientific_has_the_published_counts(real, tmp_path):
-    data = datasets.load(real("scientific"), root=tmp_path)
-    assert (data.n_users, data.n_items, len(data.flat)) == (8_442, 4_385, 59_427)
-
-
-def test_training_parts_of_several_sets_are_one(tmp_path):
-    sets = [datasets.load(write_shop(tmp_path / name, seed=n, items=40 + n), root=tmp_path / "data") for n, name in enumerate("ab")]
-    joined = datasets.training_parts(sets)
-    want = [seq for seq in sets[0].train_seqs if seq] + [[40 + i for i in seq] for seq in sets[1].train_seqs if seq]
-    assert joined.train_seqs == want and joined.n_items == 81 and not joined.targets
-    rows = joined.training_rows("sequences", 50)
-    assert rows.lengths.sum() == sum(len(seq) - 1 for seq in want)
-    counts = np.concatenate([sets[0].train_counts, sets[1].train_counts[1:]])
-    warm = datasets.training_parts(sets, warm=True)
-    assert sorted(warm.train_seqs) == sorted(kept for seq in want if (kept := [i for i in seq if counts[i] >= datasets.COLD]))
-    assert 0 < warm.train_counts.sum() < joined.train_counts.sum()
-
-
-def test_joined_catalogs(tmp_path):
-    sets = [datasets.load(write_shop(tmp_path / name, seed=n, items=20 + n), root=tmp_path / "data") for n, name in enumerate("ab")]
-    joined = datasets.training_parts(sets)
-    make = lambda n, high, width: {
-        "n_items": n, "train_seqs": [], "sentences": torch.rand(n + 1, high, width), "titles": ["", *map(str, range(n))],
-        "sentences_mask": torch.ones(n + 1, high, dtype=torch.bool), "text": torch.rand(n + 1, width), "lang": torch.arange(n + 1)}
-    a, b = make(20, 2, 4), make(21, 3, 4)
-    whole = datasets.join_catalogs([a, b], joined)
-    assert whole["n_items"] == 41 and whole["train_seqs"] == joined.train_seqs and len(whole["titles"]) == 42
-    assert whole["sentences"].shape == (42, 3, 4) and torch.equal(whole["sentences"][21:], b["sentences"][1:])
-    assert torch.equal(whole["sentences"][:21, :2], a["sentences"]) and not whole["sentences_mask"][:21, 2].any()
-    assert torch.equal(whole["text"], torch.cat([a["text"], b["text"][1:]])) and whole["lang"].shape == (42,)
-    with pytest.raises(UserError, match=r"differ in width \(4, 5\)"):
-        datasets.align_widths([a, make(21, 2, 5)])
-    none = make(21, 2, 1) | {"sentences": torch.zeros(22, 1, 1), "sentences_mask": torch.zeros(22, 1, dtype=torch.bool),
-                             "text": torch.zeros(22, 1)}
-    datasets.align_widths([none, a])                             # a set without texts takes the width of the other
-    assert none["sentences"].shape == (22, 1, 4) and none["text"].shape == (22, 4) and not none["text"].any()
-    assert datasets.join_catalogs([a, none], joined)["text"].shape == (42, 4)
+    lines = [f"a,{item},{day}" for item in "zxy"] + [f"a,w,{day - 86_400}"]
+    dataset = data.load(write_csv(tmp_path / "ties", lines), root=tmp_path / "data")
+    keys = [dataset.items[item]["key"] for item in dataset.flat]
+    assert keys == ["w", "z", "x", "y"]
 
 
 def test_a_share_of_the_users_trains_and_all_are_evaluated(shop, tmp_path):
-    whole, part = (datasets.load(shop, root=tmp_path / "data", train_share=share) for share in (1, .25))
+    whole = data.load(shop, root=tmp_path / "data")
+    part = data.load(shop, root=tmp_path / "data", train_share=.25)
     assert sum(map(bool, part.train_seqs)) == round(.25 * whole.n_users)
-    assert all(not few or few == seq for few, seq in zip(part.train_seqs, whole.train_seqs))
+    for few, seq in zip(part.train_seqs, whole.train_seqs):
+        assert not few or few == seq
     assert part.train_counts.sum() == sum(map(len, part.train_seqs))
     for split in ("valid", "test"):
         assert part.targets[split].tolist() == whole.targets[split].tolist()
+
+
+# ---------------- rows and batches
+
+@pytest.mark.parametrize("max_len", [3, 50])
+def test_evaluated_rows(dataset, max_len):
+    for split, back in (("valid", 2), ("test", 1)):    # the test input includes the validation item
+        rows = dataset.evaluated_rows(split, max_len)
+        every = torch.arange(len(rows))
+        batch = rows.batch(every, max_len)
+        seen = rows.seen(every, 20)
+        for n, items in enumerate(histories(dataset)):
+            history = items[:-back]
+            expected = history[-max_len:]
+            assert batch["seq"][n].tolist() == [0] * (max_len - len(expected)) + expected
+            # uncut, whatever max_len is
+            assert seen[n].tolist() == [0] * (20 - len(history)) + history
+            assert rows.flat[rows.end[n]] == items[-back]
+
+
+def training_examples(dataset, kind, max_len):
+    """(user, inputs, targets) of all rows, by a loop."""
+    for user, items in enumerate(histories(dataset)):
+        train = items[:-2]
+        ends = range(1, len(train)) if kind == "prefixes" else [len(train) - 1] * (len(train) > 1)
+        for end in ends:
+            begin = max(0, end - max_len)
+            yield user, train[begin:end], train[begin + 1:end + 1]
+
+
+@pytest.mark.parametrize("kind", ["sequences", "prefixes"])
+@pytest.mark.parametrize("max_len", [4, 50])
+def test_an_epoch_has_every_row_once_and_trimmed(dataset, kind, max_len):
+    rows = dataset.training_rows(kind, max_len)
+    found = []
+    for batch, index in rows.epoch(8, np.random.default_rng(0)):
+        assert batch["seq"][:, 0].any()    # as long as its longest row, not longer
+        assert batch["seq"].dtype == torch.int64
+        assert rows.users[index].tolist() == batch["user"].tolist()
+        columns = [batch[key].tolist() for key in ("user", "seq", "target")]
+        for user, seq, target in zip(*columns):
+            items = [item for item in seq if item]
+            assert items == seq[len(seq) - len(items):]    # left-padded
+            found.append((user, items, [item for item in target if item]))
+    assert sorted(found) == sorted(training_examples(dataset, kind, max_len))
+
+
+def test_an_epoch_of_items_has_each_once(dataset):
+    rows = dataset.training_rows("items", 50)
+    batches = list(rows.epoch(7, np.random.default_rng(0)))
+    items = torch.cat([batch["item"] for batch, _ in batches]).tolist()
+    assert sorted(items) == list(range(1, dataset.n_items + 1)) != items
+    for batch, index in batches:
+        assert rows.users[index].tolist() == batch["item"].tolist()
+
+
+def test_epochs_differ_and_are_repeatable(dataset):
+    rows = dataset.training_rows("prefixes", 50)
+
+    def order(seed):
+        batches = rows.epoch(8, np.random.default_rng(seed))
+        return np.concatenate([index for _, index in batches]).tolist()
+
+    assert order([0, 1]) == order([0, 1]) != order([0, 2])
+
+
+def test_batches_are_full_and_weigh_alike(tmp_path):
+    dataset = data.load(write_shop(tmp_path / "big", users=4000), root=tmp_path / "data")
+    rows = dataset.training_rows("sequences", 50)
+    batches = [batch for batch, _ in rows.epoch(32, np.random.default_rng(0))]
+    targets = np.array([int((batch["target"] != 0).sum()) for batch in batches])
+    assert targets.max() <= 1.15 * targets.mean()
+    assert targets.min() >= .85 * targets.mean()
+    places = sum(batch["seq"].numel() for batch in batches)
+    assert targets.sum() / places > .93    # hardly any padding is left
+
+
+# ---------------- the processed folder
+
+def test_a_damaged_processed_folder_is_one_sentence(dataset):
+    path = dataset.folder / "sequences.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="remove the folder"):
+        data.load(dataset.folder)
+
+
+def test_changed_items_are_refused(dataset):
+    path = dataset.folder / "items.jsonl"
+    first, *rest = path.read_text().splitlines(True)
+    path.write_text("".join([*rest, first]))
+    with pytest.raises(UserError, match="changed after"):
+        assert data.load(dataset.folder).texts
+
+
+def test_statistics_are_exact(tmp_path):
+    printed = run("data.py", write_csv(tmp_path / "few", FEW), cwd=tmp_path).stdout
+    words = " ".join(printed.split())
+    for line in (
+        "users 3", "items 3", "interactions 6",
+        "shortest, 25 %, median, 75 %, longest history 1 1 2 2 3",
+        "empty cells of users x items 3 of 9 (33.33%)",
+        "items with text 0 of 3 (0.00%)",
+        "evaluated users (validation, test) 1 1",
+        "interactions.csv: lines 6",
+    ):
+        assert line in words, printed
+
+
+@pytest.mark.parametrize("occurrences, cold", [(9, True), (10, False)])
+def test_ten_training_occurrences_are_not_cold(tmp_path, occurrences, cold):
+    lines = ["a,y,1", "a,z,2", "a,x,3"]
+    for u in range(occurrences):
+        lines += [f"u{u},x,1"]
+    dataset = data.load(write_csv(tmp_path / "few", lines), root=tmp_path / "data")
+    shown = data.statistics(dataset)["cold test targets (< 10 training occurrences)"]
+    assert shown == (int(cold), 1)
+
+
+@pytest.mark.parametrize("name, users, items, interactions", [
+    ("beauty", 22_363, 12_101, 198_502),
+    ("scientific", 8_442, 4_385, 59_427),
+])
+def test_real_data_has_the_published_counts(real, tmp_path, name, users, items, interactions):
+    dataset = data.load(real(name), root=tmp_path)
+    counts = (dataset.n_users, dataset.n_items, len(dataset.flat))
+    assert counts == (users, items, interactions)

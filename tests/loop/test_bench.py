@@ -1,0 +1,39 @@
+"""bench.py runs: each comparison once, on a tiny shop, with small encoders."""
+import pytest
+import torch
+
+import bench
+import data
+from helpers import refused, run, write_shop
+from loop.settings import load_model_file
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "TARGETS", 200)
+    monkeypatch.setattr(bench, "USERS", 20)
+    monkeypatch.setattr(bench, "ITEMS", 10)
+
+
+def test_the_command(small, tmp_path):
+    write_shop(tmp_path / "shop")
+    flags = ("--data", "shop", "--only", "sasrec,evaluation", "--repeats", 1)
+    printed = run("bench.py", *flags, cwd=tmp_path).stdout
+    lines = [line for line in printed.splitlines() if line.startswith("  ")]
+    assert len(lines) == 5
+    assert lines[0].split()[-1] == "1.0x"
+    refused(run("bench.py", "--only", "nothing", cwd=tmp_path, ok=False), "--only nothing")
+    assert "256 users" in run("bench.py", "--items", 300, cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["srmml", "msm4sr", "fmmsrec", "mmsr"])
+def test_each_contestant_does_some_work(small, name, tmp_path):
+    dataset = data.load(write_shop(tmp_path / "shop"), root=tmp_path / "data")
+    more = {"encoders": load_model_file("mmsr").TINY} if name == "mmsr" else {}
+    _, _, contestants = bench.COMPARISONS[name](dataset, CPU, **more)
+    assert len(contestants) > 1
+    for contestant in contestants.values():
+        assert contestant() > 0
