@@ -222,17 +222,17 @@ def add_settings(group, config):
     comments = dict(re.findall(r"^ +(\w+):.*?# *(.+)$", lines, re.MULTILINE))
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
-        kind, shown, choices = hints[field.name], "", None
-        if get_origin(kind) is Literal:
-            choices = get_args(kind)
-            kind, shown = type(choices[0]), None
+        kind = hints[field.name]
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        if choices:
+            kind = type(choices[0])
         text = f"{comments.get(field.name, '')} (default: {field.default})"
         group.add_argument(
             f"--{field.name}",
             type=boolean if kind is bool else kind,
             choices=choices,
             default=None,
-            metavar=shown,
+            metavar=None if choices else "",
             help=text.replace("%", "%%"),
         )
 

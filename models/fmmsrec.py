@@ -76,7 +76,7 @@ class FMMSRecConfig:
     tau: float = 0.05                    # temperature of the ranking; not in the paper; MMSRec's
     use_image: bool = True               # false: w/o V, ablation of section 4.6
     use_text: bool = True                # false: w/o S, ablation of section 4.6
-    drop_missing: bool = False           # reading 3
+    drop_missing: bool = False           # true: no [mask] for a missing modality (reading 3)
     optimizer: Literal["adam", "adamw"] = "adam"    # section 4.4
     schedule: Literal["constant", "step", "linear", "cosine"] = "constant"    # of the learning rate
     lr: float = 1e-3                     # "a learning rate of 0.001" (section 4.4)
@@ -86,7 +86,7 @@ class FMMSRecConfig:
     patience: int = 10                   # not in the paper; MMSRec's
     pretrain_epochs: int = 50            # not in the paper; MMSRec's; 0: w/o P
     pretrain_lr: float = 1e-3            # the paper's one rate
-    prefixes: bool = True                # reading 14
+    prefixes: bool = True                # a row per prefix; false: a row per user (reading 14)
 
     def __post_init__(self):
         check_recipe(self)

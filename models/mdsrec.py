@@ -57,27 +57,27 @@ MODALITIES = ("text", "image")
 class MDSRecConfig:
     dim: int = 300                       # "fixed embedding size 300"
     heads: int = 4                       # not in the paper; MISSRec's (reading 13)
-    layers: int = 2                      # L; not in the paper; MISSRec's
+    layers: int = 2                      # L, of each encoder; not in the paper; MISSRec's
     inner: int = 256                     # width of the feed-forward; not in the paper; MISSRec's
     dropout: float = 0.5                 # not in the paper; MISSRec's
-    max_len: int = 50                    # reading 13
-    neighbors: int = 10                  # H = 10 in general, tuned per set (Parameter Settings)
-    centers: int = 32                    # k = 32 in general, tuned per data set
-    mu_id: float = 16.0                  # mu^id = 16 (Parameter Settings)
-    mu_modal: float = 0.2                # mu^m = 0.2 (Parameter Settings)
+    max_len: int = 50                    # items of the history that are read (reading 13)
+    neighbors: int = 10                  # H: 10 in general, tuned per set (Parameter Settings)
+    centers: int = 32                    # k, of a modality: 32 in general, tuned per data set
+    mu_id: float = 16.0                  # mu^id, weight of co-occurrence in the ids (Param. Settings)
+    mu_modal: float = 0.2                # mu^m, the same in the features (Parameter Settings)
     rho_image: float = 0.5               # rho_v; rho_t = 1 - rho_v (below eq. 17); reading 10
     tau: float = 0.2                     # temperature of eq. 19; reading 10
     use_dis: bool = True                 # w/o DIS, Table 3: every pair in a sequence counts 1
-    use_cre: bool = True                 # w/o CRE, Table 3
-    use_mrgc: bool = True                # w/o MRGC, Table 3
-    use_ica: bool = True                 # w/o ICA, Table 3
+    use_cre: bool = True                 # w/o CRE, Table 3: modal graphs from the raw features
+    use_mrgc: bool = True                # w/o MRGC, Table 3: a linear map in the graphs' place
+    use_ica: bool = True                 # w/o ICA, Table 3: no interest centres
     optimizer: Literal["adam", "adamw"] = "adam"    # Adam (Parameter Settings)
     lr: float = 1e-3                     # searched in 1e-4 ... 1e-1 (Parameter Settings)
     weight_decay: float = 0.0
     batch_size: int = 512                # "mini-batch size 512"
     epochs: int = 200                    # at most; not in the paper
     patience: int = 10                   # "a patience of 10"
-    prefixes: bool = True                # reading 9
+    prefixes: bool = True                # a row, with one target, per prefix (reading 9)
 
     def __post_init__(self):
         check_recipe(self)

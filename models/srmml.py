@@ -74,8 +74,8 @@ class SRMMLConfig:
     learn_temperature: bool = True       # the number above is then where it starts (reading 15)
     modality: Literal["both", "text", "image"] = "both"    # Table III: text or image alone
     use_fusion: bool = True              # w/o MF, Fig. 2: both features, joined, through one head
-    use_gate: bool = True                # w/o MG, Fig. 2
-    use_gaussian: bool = True            # w/o PM, Fig. 2: "treated as fixed vectors"
+    use_gate: bool = True                # w/o MG, Fig. 2: every gate is 1
+    use_gaussian: bool = True            # w/o PM, Fig. 2: items are "fixed vectors"
     optimizer: Literal["adam", "adamw"] = "adam"    # not in the paper
     lr: float = 1e-3                     # searched in 1e-3, 1e-4 (Implementation Details)
     weight_decay: float = 0.0

@@ -1,5 +1,10 @@
-"""Every file in models/ by itself: the contract between a model file and the loop. A new file is tested the moment it exists."""
+"""What is true of every file in models/: the contract between a model file and the loop.
+
+A new file is tested the moment it exists.
+"""
+import ast
 import dataclasses
+import math
 import shutil
 import subprocess
 import sys
@@ -8,292 +13,574 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from common.files import UserError
+from helpers import ROOT
+from loop import runs
+from loop.settings import MODELS, has_recipe, load_model_file
 
-FILES = train.MODELS
 N, B, L = 40, 6, 9
 TEXT, IMAGE = 12, 20
+MODULES = {name: load_model_file(name) for name in MODELS}
+TRAINED = [name for name in MODELS if has_recipe(MODULES[name].Config)]
+STARTED = [name for name in MODELS if hasattr(MODULES[name].Model, "init_from")]
+STAGES = [(name, kind) for name in MODELS for kind in ("Pretrain", "Model")
+          if hasattr(MODULES[name], kind)]
+SOFTMAX = [name for name in MODELS if hasattr(MODULES[name], "softmax_loss")]
+every_model = pytest.mark.parametrize("name", MODELS)
+every_trained_model = pytest.mark.parametrize("name", TRAINED)
+every_stage = pytest.mark.parametrize("name, kind", STAGES)
 
 
-def make_catalog(seed=0, text=True, image=True):
-    """Every catalog key of the contract on random numbers; a tenth of the items lacks a text or a picture."""
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(*shape, generator=g)
-    has_text, has_image = (torch.rand(N + 1, generator=g) > .1 for _ in range(2))
-    has_text &= text
-    has_image &= image
-    has_text[0] = has_image[0] = False
-    mask = lambda has: (torch.rand(N + 1, 3, generator=g) > .4).index_fill_(1, torch.tensor([0]), True) & has[:, None]
-    sentences_mask, pictures_mask = mask(has_text), mask(has_image)
-    seqs = [torch.randint(1, N + 1, (int(n),), generator=g).tolist() for n in torch.randint(1, 15, (30,), generator=g)]
-    return {"n_items": N, "text": rand(N + 1, TEXT) * has_text[:, None], "image": rand(N + 1, IMAGE) * has_image[:, None],
-            "has_text": has_text, "has_image": has_image, "sentences": rand(N + 1, 3, TEXT) * sentences_mask[..., None],
-            "sentences_mask": sentences_mask, "pictures": rand(N + 1, 3, TEXT) * pictures_mask[..., None],
-            "pictures_mask": pictures_mask, "lang": torch.randint(1, 4, (N + 1,), generator=g).index_fill_(0, torch.tensor([0]), 0),
-            "train_seqs": seqs, "titles": ["", *(f"thing {i}" if h else "" for i, h in enumerate(has_text[1:]))],
-            "image_paths": [None] * (N + 1)}
+# ---------------- a small catalog, model and batch
+
+def make_catalog(seed=0, text=True, image=True, n=N):
+    """Every catalog key of the contract, random; a tenth of the items lacks text or picture."""
+    random = torch.Generator().manual_seed(seed)
+
+    def some(present, *shape):
+        """Which items have it, and which of their three vectors: the first one always."""
+        has = (torch.rand(n + 1, generator=random) > .1) & present
+        has[0] = False
+        mask = torch.rand(n + 1, 3, generator=random) > .4
+        mask[:, 0] = True
+        return has, mask & has[:, None]
+
+    def vectors(mask, width):
+        return torch.randn(*mask.shape, width, generator=random) * mask[..., None]
+
+    has_text, sentences_mask = some(text)
+    has_image, pictures_mask = some(image)
+    lang = torch.randint(1, 4, (n + 1,), generator=random)
+    lang[0] = 0
+    lengths = torch.randint(1, 15, (30,), generator=random).tolist()
+    return {
+        "n_items": n,
+        "text": vectors(has_text, TEXT),
+        "image": vectors(has_image, IMAGE),
+        "has_text": has_text,
+        "has_image": has_image,
+        "sentences": vectors(sentences_mask, TEXT),
+        "sentences_mask": sentences_mask,
+        "pictures": vectors(pictures_mask, IMAGE),
+        "pictures_mask": pictures_mask,
+        "lang": lang,
+        "train_seqs": [torch.randint(1, n + 1, (k,), generator=random).tolist() for k in lengths],
+        "titles": [f"thing {i}" if has else "" for i, has in enumerate(has_text)],
+        "image_paths": [None] * (n + 1),
+    }
 
 
-def make(name, tmp_path, seed=0, kind="Model", dropout=.1, dim=16, **changes):
-    """(module, model, cfg) of a small model on a catalog that holds only what the file READS."""
-    module = train.load_model_file(name)
-    fields = {f.name for f in dataclasses.fields(module.Config)}
-    settings = {"dim": dim, "max_len": 20, "text_encoder": "tiny", "image_encoder": "tiny", "cache_dir": str(tmp_path),
-                "dropout": dropout}
-    cfg = module.Config(**{k: v for k, v in settings.items() if k in fields})
-    full = make_catalog(**changes)
-    catalog = {k: v for k, v in full.items() if k in (*module.READS, "n_items")}
-    return module, train.build(getattr(module, kind), cfg, catalog, "cpu", seed), cfg
+def settings_of(name, folder, **given):
+    """A small Config; of the settings, those that it has."""
+    small = {
+        "dim": 16, "max_len": 20, "dropout": .1, "cache_dir": str(folder),
+        "text_encoder": "tiny", "image_encoder": "tiny",
+    }
+    fields = {field.name for field in dataclasses.fields(MODULES[name].Config)}
+    chosen = {key: value for key, value in (small | given).items() if key in fields}
+    return MODULES[name].Config(**chosen)
+
+
+def reads(name, catalog):
+    """What a model file is given of a catalog."""
+    return {key: catalog[key] for key in ("n_items", *MODULES[name].READS)}
+
+
+def make(name, folder, kind="Model", seed=0, catalog=None, **settings):
+    """A model on a catalog that holds only what its file READS."""
+    catalog = reads(name, catalog or make_catalog())
+    cfg = settings_of(name, folder, **settings)
+    return runs.build(getattr(MODULES[name], kind), cfg, catalog, "cpu", seed)
 
 
 def make_batch(seed=1, length=L, shortest=1):
     """Left-padded rows of different lengths, the item after each position as target."""
-    g = torch.Generator().manual_seed(seed)
-    items = torch.randint(1, N + 1, (B, length + 1), generator=g)
-    sizes = torch.randint(shortest, length + 1, (B,), generator=g)
+    random = torch.Generator().manual_seed(seed)
+    items = torch.randint(1, N + 1, (B, length + 1), generator=random)
+    sizes = torch.randint(shortest, length + 1, (B,), generator=random)
     sizes[0] = length
     real = torch.arange(length) >= length - sizes[:, None]
     return {"user": torch.arange(B), "seq": items[:, :-1] * real, "target": items[:, 1:] * real}
 
 
-def trainable(model):
-    return any(p.requires_grad for p in model.parameters())
+def longer(batch, places):
+    """The batch with more padding on the left."""
+    padding = torch.zeros(B, places, dtype=torch.long)
+    return batch | {key: torch.cat([padding, batch[key]], 1) for key in ("seq", "target")}
 
 
-@pytest.mark.parametrize("name", FILES)
-class TestContract:
-    def test_names_and_recipe(self, name, tmp_path):
-        module, _, _ = make(name, tmp_path)
-        words = {f.name for f in dataclasses.fields(module.Config)}
-        assert words >= {"dim", "heads", "layers", "dropout", "max_len", "batch_size", "prefixes", "lr", "weight_decay",
-                         "epochs", "patience"}
-        assert module.Config() == module.Config()                # every field has a default
-        for preset in getattr(module, "PRESETS", {}).values():
-            module.Config(**preset)
-
-    def test_losses_and_scores(self, name, tmp_path):
-        _, model, _ = make(name, tmp_path)
-        losses = model(make_batch())
-        assert next(iter(losses)) == "next_item"
-        assert all(v.dim() == 0 and v.isfinite() for v in losses.values())
-        scores = model.eval().score({k: v for k, v in make_batch().items() if k != "target"}, model.encode_items())
-        assert scores.shape == (B, N + 1) and scores.isfinite().all()
-
-    def test_table_has_a_row_for_every_item(self, name, tmp_path):
-        _, model, _ = make(name, tmp_path)
-        assert all(len(leaf) == N + 1 for leaf in leaves(model.eval().encode_items()))
-
-    def test_every_weight_gets_a_gradient(self, name, tmp_path):
-        _, model, _ = make(name, tmp_path)
-        if not trainable(model):
-            return
-        sum(model(make_batch(length=20)).values()).backward()
-        for key, weight in model.named_parameters():
-            if weight.requires_grad:
-                assert weight.grad is not None and weight.grad.isfinite().all(), key
-                assert weight.dim() < 2 or weight.grad.abs().sum() > 0, key
-
-    def test_training_lowers_the_loss(self, name, tmp_path):
-        _, model, cfg = make(name, tmp_path)
-        if not trainable(model):
-            return
-        optimizer, batch = torch.optim.Adam(model.parameters(), lr=3e-3), make_batch()
-        before = sum(model.eval()(batch).values()).item()
-        for _ in range(30):
-            optimizer.zero_grad()
-            sum(model.train()(batch).values()).backward()
-            optimizer.step()
-        assert sum(model.eval()(batch).values()).item() < before
-
-    def test_no_position_sees_its_future(self, name, tmp_path):
-        _, model, cfg = make(name, tmp_path)
-        if cfg.prefixes or not trainable(model):
-            return                                               # a prefix row has no future in it
-        batch, t = make_batch(shortest=L), 4
-        batch["target"][:, t + 1:] = 0                           # losses at the first positions only
-        changed = dict(batch, seq=batch["seq"].clone())
-        changed["seq"][:, t + 1:] = changed["seq"][:, t + 1:] % N + 1
-        torch.testing.assert_close(seeded(model.eval(), batch), seeded(model, changed))
-        changed["seq"][:, t] = changed["seq"][:, t] % N + 1      # and the test does see a change it should see
-        assert not torch.allclose(seeded(model, batch), seeded(model, changed))
-
-    def test_prefix_rows_have_one_target(self, name, tmp_path):
-        module, model, cfg = make(name, tmp_path)
-        if not trainable(model):
-            return
-        cfg.prefixes = True
-        batch = make_batch(shortest=L)
-        changed = dict(batch, target=batch["target"].clone())
-        changed["target"][:, :-1] = changed["target"][:, :-1] % N + 1
-        torch.testing.assert_close(seeded(model.eval(), batch), seeded(model, changed), atol=1e-4, rtol=1e-3)
-
-    def test_trimming_a_batch_changes_nothing(self, name, tmp_path):
-        _, model, _ = make(name, tmp_path)
-        table, batch = model.eval().encode_items(), make_batch(shortest=L)
-        longer = dict(batch, seq=torch.cat([torch.zeros(B, 7, dtype=torch.long), batch["seq"]], 1))
-        torch.testing.assert_close(model.score(longer, table), model.score(batch, table), rtol=1e-4, atol=1e-5)
-        longer["target"] = torch.cat([torch.zeros(B, 7, dtype=torch.long), batch["target"]], 1)
-        torch.testing.assert_close(seeded(model, longer), seeded(model, batch))
-
-    def test_padding_content_changes_nothing(self, name, tmp_path):
-        _, model, _ = make(name, tmp_path)
-        table, batch = model.eval().encode_items(), make_batch()
-        assert (batch["seq"] == 0).any()
-        before = model.score(batch, table)[:, 1:]
-        torch.testing.assert_close(model.score(batch, garbage_row_0(table))[:, 1:], before)
-
-    def test_rows_of_a_batch_do_not_meet(self, name, tmp_path):
-        _, model, _ = make(name, tmp_path)
-        table, batch = model.eval().encode_items(), make_batch()
-        alone = {k: v[2:3] for k, v in batch.items()}
-        torch.testing.assert_close(model.score(alone, table)[0], model.score(batch, table)[2], rtol=1e-4, atol=1e-5)
-
-    def test_same_seed_same_numbers(self, name, tmp_path):
-        runs = []
-        for _ in range(2):
-            _, model, _ = make(name, tmp_path, seed=3)
-            losses = model(make_batch())
-            runs.append([v.item() for v in losses.values()] + [p.sum().item() for p in model.parameters()])
-        assert runs[0] == runs[1]
-
-    def test_threads_make_no_difference_between_runs(self, name, tmp_path):
-        batch = {key: x.repeat_interleave(40, 0) for key, x in make_batch(length=20).items()}
-        torch.set_num_threads(4)
-        try:
-            _, model, _ = make(name, tmp_path, dim=64, dropout=0.)
-            if not trainable(model):
-                return
-            runs = []
-            for _ in range(4):
-                torch.manual_seed(0)
-                model.zero_grad()
-                sum(model(batch).values()).backward()
-                runs.append({key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None})
-        finally:
-            torch.set_num_threads(1)
-        for other in runs[1:]:
-            torch.testing.assert_close(other, runs[0], rtol=0, atol=0)
-
-    def test_state_holds_weights_only_and_loads_on_another_catalog(self, name, tmp_path):
-        _, model, _ = make(name, tmp_path)
-        _, other, _ = make(name, tmp_path, seed=9)
-        assert set(model.state_dict()) == {k for k, _ in model.named_parameters()}
-        other.load_state_dict(model.state_dict(), strict=True)
-        _, third, _ = make(name, tmp_path, text=False)
-        third.load_state_dict(model.state_dict(), strict=True)
-
-    @pytest.mark.parametrize("missing", ["text", "image"])
-    def test_a_wholly_missing_modality(self, name, missing, tmp_path):
-        _, model, _ = make(name, tmp_path, **{missing: False})
-        losses = model(make_batch())
-        if trainable(model):
-            sum(losses.values()).backward()
-            assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-        assert all(v.isfinite() for v in losses.values())
-        assert model.eval().score(make_batch(), model.encode_items()).isfinite().all()
-
-    def test_imports_nothing_of_the_project_and_runs_alone(self, name, tmp_path):
-        shutil.copy(ROOT / "models" / f"{name}.py", tmp_path / "copied.py")
-        done = subprocess.run([sys.executable, "-I", "copied.py"], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
-
-
-STAGES = [(name, kind) for name in FILES for kind in ("Pretrain", "Model") if hasattr(train.load_model_file(name), kind)]
-
-
-@pytest.mark.parametrize("name, kind", STAGES)
-class TestOnAGPU:
-    """What a GPU would do, seen on a CPU: fake tensors have shape, type and device, and raise where a value is asked for."""
-
-    def test_its_branches_give_the_same(self, name, kind, tmp_path, monkeypatch):
-        found = []
-        for is_cuda in (False, True):
-            _, model, _ = make(name, tmp_path, kind=kind, dropout=0.)
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.Tensor, "is_cuda", is_cuda)
-                torch.manual_seed(0)
-                losses = model(stage_batch(model))
-                if trainable(model):
-                    sum(losses.values()).backward()
-            found.append((losses, {key: weight.grad for key, weight in model.named_parameters()}))
-        torch.testing.assert_close(*found)
-
-    def test_no_step_waits_for_it(self, name, kind, tmp_path, monkeypatch):
-        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-        monkeypatch.setattr(train, "precision", lambda device: torch.autocast("cpu", torch.bfloat16))
-        for method in ("check", "means"):                        # once per epoch the host may wait
-            monkeypatch.setattr(train.Watch, method, lambda *_: None)
-        model, cfg, batch, mode = faked(name, tmp_path, kind, "cpu")
-        rows = mock.MagicMock(users=np.arange(B), epoch=lambda *_: iter([(batch, np.arange(B))] * 2))
-        with mode:
-            if trainable(model):
-                optimizer = train.optimizer_of(model, cfg, 1e-3)
-                train.train_epoch(model, model.forward, optimizer, rows, B, None, 5., torch.device("cpu"), "")
-            if kind == "Model":
-                with torch.no_grad():
-                    model.eval().score(batch, model.encode_items())
-
-    @pytest.mark.skipif(torch.version.cuda is None, reason="this build of torch does not know the device cuda")
-    def test_everything_lies_on_it(self, name, kind, tmp_path):
-        if name == "mdsrec":
-            pytest.skip("sparse matrices cannot be faked on a GPU")
-        model, _, batch, mode = faked(name, tmp_path, kind, "cuda")
-        torch.set_autocast_dtype("cuda", torch.bfloat16), torch.set_autocast_enabled("cuda", True)
-        try:
-            with mode:
-                terms = model(batch)
-                assert {(v.device.type, v.dtype) for v in terms.values()} == {("cuda", torch.float32)}
-                assert train.Watch(torch.device("cuda")).step(terms, next(iter(terms.values())).detach(), []).is_cuda
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-        if kind == "Model":
-            with mode, torch.no_grad():
-                assert model.eval().score(batch, model.encode_items()).is_cuda
-
-
-def stage_batch(model):
-    return {"item": torch.arange(1, N + 1)} if getattr(model, "rows", "") == "items" else make_batch()
-
-
-def faked(name, tmp_path, kind, device):
-    """(model, cfg, batch, mode): weights, buffers and batch as fake tensors of the device."""
-    if name == "mmsr":
-        pytest.skip("its shapes depend on how many distinct items a batch holds")
-    _, model, cfg = make(name, tmp_path, kind=kind)
-    mode = FakeTensorMode()
-
-    def fake(x):
-        x = mode.from_tensor(x)
-        with mode:
-            return x.to(device)
-
-    for module in model.modules():
-        for key, weight in module._parameters.items():
-            if weight is not None:
-                module._parameters[key] = torch.nn.Parameter(fake(weight.data), weight.requires_grad)
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = fake(buffer)
-    return model, cfg, {key: fake(x) for key, x in stage_batch(model).items()}, mode
-
-
-def seeded(model, batch):
-    torch.manual_seed(0)                                         # sampled negatives must not hide or make a difference
+def next_item(model, batch):
+    """The next-item loss, with the same negatives and dropout each time."""
+    torch.manual_seed(0)
     return next(iter(model(batch).values())).detach()
 
 
 def leaves(table):
-    return table.values() if isinstance(table, dict) else table if isinstance(table, tuple) else [table]
+    if isinstance(table, dict):
+        return list(table.values())
+    return list(table) if isinstance(table, tuple) else [table]
 
 
-def garbage_row_0(table):
+def with_garbage_in_row_0(table):
     def spoil(leaf):
         leaf = leaf.detach().clone()
         leaf[0] = 7 if leaf.is_floating_point() else leaf[1]
         return leaf
     if isinstance(table, dict):
-        return {k: spoil(v) for k, v in table.items()}
+        return {key: spoil(leaf) for key, leaf in table.items()}
     return tuple(map(spoil, table)) if isinstance(table, tuple) else spoil(table)
+
+
+# ---------------- losses and scores
+
+@every_model
+def test_shapes_of_losses_scores_and_table(name, tmp_path):
+    model = make(name, tmp_path)
+    losses = model(make_batch())
+    assert next(iter(losses)) == "next_item"
+    assert all(loss.dim() == 0 and loss.isfinite() for loss in losses.values())
+    batch = make_batch()
+    del batch["target"]
+    table = model.eval().encode_items()
+    assert all(len(leaf) == N + 1 for leaf in leaves(table))
+    scores = model.score(batch, table)
+    assert scores.shape == (B, N + 1) and scores.isfinite().all()
+
+
+@every_trained_model
+def test_every_weight_gets_a_gradient(name, tmp_path):
+    model = make(name, tmp_path)
+    sum(model(make_batch(length=20)).values()).backward()
+    for key, weight in model.named_parameters():
+        if weight.requires_grad:
+            assert weight.grad is not None and weight.grad.isfinite().all(), key
+            assert weight.dim() < 2 or weight.grad.abs().sum() > 0, key
+
+
+@every_trained_model
+def test_training_lowers_the_loss(name, tmp_path):
+    model = make(name, tmp_path)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    batch = make_batch()
+    before = sum(model.eval()(batch).values()).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        sum(model.train()(batch).values()).backward()
+        optimizer.step()
+    assert sum(model.eval()(batch).values()).item() < before
+
+
+@every_model
+@pytest.mark.parametrize("missing", ["text", "image"])
+def test_a_modality_that_no_item_has(name, missing, tmp_path):
+    model = make(name, tmp_path, catalog=make_catalog(**{missing: False}))
+    losses = model(make_batch())
+    assert all(loss.isfinite() for loss in losses.values())
+    if runs.is_trained(model):
+        sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.eval().score(make_batch(), model.encode_items()).isfinite().all()
+
+
+@every_stage
+def test_losses_are_float32_and_finite_under_autocast(name, kind, tmp_path):
+    model = make(name, tmp_path, kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(stage_batch(model))
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    if runs.is_trained(model):
+        sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---------------- what a batch may hold
+
+@every_trained_model
+def test_no_position_sees_its_future(name, tmp_path):
+    model = make(name, tmp_path)
+    if model.cfg.prefixes:
+        pytest.skip("a row per prefix has no future in it")
+    model.eval()
+    t = 4
+    batch = make_batch(shortest=L)
+    batch["target"][:, t + 1:] = 0    # losses at the first positions only
+    changed = batch | {"seq": batch["seq"].clone()}
+    changed["seq"][:, t + 1:] = changed["seq"][:, t + 1:] % N + 1
+    torch.testing.assert_close(next_item(model, batch), next_item(model, changed))
+    changed["seq"][:, t] = changed["seq"][:, t] % N + 1    # a change that it should see
+    assert not torch.allclose(next_item(model, batch), next_item(model, changed))
+
+
+@every_trained_model
+def test_prefix_rows_have_one_target(name, tmp_path):
+    model = make(name, tmp_path, prefixes=True).eval()
+    batch = make_batch(shortest=L)
+    changed = batch | {"target": batch["target"].clone()}
+    changed["target"][:, :-1] = changed["target"][:, :-1] % N + 1
+    found = next_item(model, changed)
+    torch.testing.assert_close(next_item(model, batch), found, atol=1e-4, rtol=1e-3)
+
+
+@every_trained_model
+def test_a_target_of_0_counts_nothing(name, tmp_path):
+    """A row without any target changes neither the loss nor its gradient."""
+    model = make(name, tmp_path, dropout=0.).eval()
+    if name == "mmsr":
+        pytest.skip("its negatives are the other items of the batch, those of such a row as well")
+    batch = make_batch(shortest=L)
+    batch["target"][2] = 0
+    without = {key: value[torch.arange(B) != 2] for key, value in batch.items()}
+    torch.testing.assert_close(next_item(model, batch), next_item(model, without))
+    batch["target"][:] = 0
+    losses = model(batch)
+    assert losses["next_item"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_model
+def test_padding_and_trimming_change_nothing(name, tmp_path):
+    model = make(name, tmp_path).eval()
+    table = model.encode_items()
+    batch = make_batch()
+    assert (batch["seq"] == 0).any()
+    scores = model.score(batch, table)
+    more = longer(batch, 7)
+    torch.testing.assert_close(model.score(more, table), scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(next_item(model, more), next_item(model, batch))
+    found = model.score(batch, with_garbage_in_row_0(table))
+    torch.testing.assert_close(found[:, 1:], scores[:, 1:])
+
+
+@every_model
+def test_a_sequence_longer_than_max_len_is_cut_to_its_end(name, tmp_path):
+    model = make(name, tmp_path, max_len=5, dropout=0.).eval()
+    batch = make_batch(length=20, shortest=20)
+    cut = {key: value[:, -5:] if value.dim() > 1 else value for key, value in batch.items()}
+    table = model.encode_items()
+    torch.testing.assert_close(model.score(batch, table), model.score(cut, table))
+    assert all(loss.isfinite() for loss in model(batch).values())
+
+
+@every_model
+def test_rows_of_a_batch_do_not_meet(name, tmp_path):
+    model = make(name, tmp_path).eval()
+    table = model.encode_items()
+    batch = make_batch()
+    alone = {key: value[2:3] for key, value in batch.items()}
+    found = model.score(alone, table)[0]
+    torch.testing.assert_close(found, model.score(batch, table)[2], rtol=1e-4, atol=1e-5)
+
+
+# ---------------- seeds and weights
+
+@every_model
+def test_same_seed_same_numbers(name, tmp_path):
+    found = []
+    for _ in range(2):
+        model = make(name, tmp_path, seed=3)
+        losses = [loss.item() for loss in model(make_batch()).values()]
+        found.append(losses + [weight.sum().item() for weight in model.parameters()])
+    assert found[0] == found[1]
+
+
+@every_trained_model
+def test_threads_make_no_difference_between_runs(name, tmp_path):
+    batch = make_batch(length=20)
+    batch = {key: value.repeat_interleave(40, 0) for key, value in batch.items()}
+    torch.set_num_threads(4)
+    try:
+        model = make(name, tmp_path, dim=64, dropout=0.)
+        gradients = []
+        for _ in range(4):
+            torch.manual_seed(0)
+            model.zero_grad()
+            sum(model(batch).values()).backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(1)
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=0, atol=0)
+
+
+@every_model
+def test_state_holds_weights_only_and_loads_on_another_catalog(name, tmp_path):
+    model = make(name, tmp_path)
+    state = model.state_dict()
+    assert set(state) == {key for key, _ in model.named_parameters()}
+    make(name, tmp_path, seed=9).load_state_dict(state, strict=True)
+    other = make(name, tmp_path, catalog=make_catalog(text=False))
+    other.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_init_from_takes_its_own_weights_and_refuses_others(name, tmp_path):
+    kind = "Pretrain" if hasattr(MODULES[name], "Pretrain") else "Model"
+    first = make(name, tmp_path, kind, seed=5)
+    model = make(name, tmp_path)
+    model.init_from(first.state_dict())
+    own = model.state_dict()
+    same = [key for key, weight in first.state_dict().items()
+            if key in own and torch.equal(own[key], weight)]
+    assert same
+    for key in same:
+        wrong = first.state_dict() | {key: torch.zeros(3, 2)}
+        with pytest.raises(ValueError):
+            model.init_from(wrong)
+    with pytest.raises(ValueError):
+        model.init_from({"another.weight": torch.zeros(3)})
+
+
+# ---------------- settings and catalogs that make no sense
+
+@every_model
+def test_config_says_everything_and_presets_fit(name):
+    module = MODULES[name]
+    words = {field.name for field in dataclasses.fields(module.Config)}
+    assert words >= {"dim", "heads", "layers", "dropout", "max_len"}
+    assert module.Config() == module.Config()    # every field has a default
+    for preset in getattr(module, "PRESETS", {}).values():
+        module.Config(**preset)
+
+
+SENSELESS = [
+    ("dim", 0), ("heads", 3), ("heads", 0), ("layers", -1), ("max_len", 0), ("dropout", 1.),
+    ("dropout", -.1), ("lr", 0.), ("lr", -1.), ("lr", math.nan), ("lr", math.inf),
+    ("weight_decay", -1.), ("weight_decay", math.nan), ("batch_size", 0), ("epochs", 0),
+    ("patience", 0), ("pretrain_epochs", -1), ("pretrain_lr", 0.), ("temperature", -1.),
+    ("tau", 0.), ("tau", math.nan),
+]
+
+
+@every_trained_model
+@pytest.mark.parametrize("setting, value", SENSELESS)
+def test_settings_that_make_no_sense_are_refused_by_name(name, setting, value, tmp_path):
+    fields = {field.name for field in dataclasses.fields(MODULES[name].Config)}
+    if setting not in fields:
+        pytest.skip("it has no such setting")
+    with pytest.raises(ValueError, match=rf"\b{setting} {value}"):
+        settings_of(name, tmp_path, **{setting: value})
+
+
+@every_model
+def test_a_catalog_that_lacks_something_is_refused_by_name(name, tmp_path):
+    cfg = settings_of(name, tmp_path)
+    catalog = reads(name, make_catalog())
+    for key in catalog:
+        lacking = {k: value for k, value in catalog.items() if k != key}
+        with pytest.raises(ValueError, match=rf"the catalog lacks {key} \("):
+            MODULES[name].Model(cfg, lacking)
+    with pytest.raises(ValueError) as error:
+        MODULES[name].Model(cfg, {})
+    assert all(key in str(error.value) for key in catalog)
+
+
+@every_model
+def test_a_catalog_in_another_form_is_refused_by_name(name, tmp_path):
+    catalog = reads(name, make_catalog())
+    features = [key for key, value in catalog.items() if torch.is_tensor(value)]
+    for key in features:
+        wrong_rows = catalog | {key: catalog[key][1:]}
+        no_tensor = catalog | {key: catalog[key].numpy()}
+        for wrong in (wrong_rows, no_tensor):
+            with pytest.raises(ValueError, match=rf"'{key}'\] must be"):
+                MODULES[name].Model(settings_of(name, tmp_path), wrong)
+
+
+@every_model
+def test_the_loop_reports_a_bad_catalog_in_a_sentence(name, tmp_path):
+    with pytest.raises(UserError, match="Model cannot be built: the catalog lacks n_items|cannot"):
+        runs.build(MODULES[name].Model, settings_of(name, tmp_path), {}, "cpu", 0)
+
+
+# ---------------- a file by itself
+
+@every_model
+def test_imports_nothing_of_the_project_and_runs_alone(name, tmp_path):
+    shutil.copy(ROOT / "models" / f"{name}.py", tmp_path / "copied.py")
+    command = [sys.executable, "-I", "copied.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+
+
+@every_model
+def test_head_names_what_it_reads(name):
+    module = MODULES[name]
+    assert set(module.CATALOG) == {"n_items", *module.READS}
+    for key in module.CATALOG:
+        assert key in module.__doc__.split("Reads from the catalog:")[1]
+
+
+def test_shared_helpers_are_one_text():
+    """Files import nothing of each other, so these are copies: the same in all of them."""
+    shared = (
+        "SoftmaxLoss", "softmax_loss", "check", "check_recipe", "check_catalog", "Buffers",
+    )
+    texts = {}
+    for name in MODELS:
+        source = (ROOT / "models" / f"{name}.py").read_text()
+        for node in ast.parse(source).body:
+            if getattr(node, "name", None) in shared:
+                text = ast.get_source_segment(source, node)
+                texts.setdefault(node.name, {})[name] = text
+    assert set(texts) == set(shared)
+    for helper, found in texts.items():
+        assert len(found) > 1 and len(set(found.values())) == 1, (helper, sorted(found))
+
+
+# ---------------- the softmax loss
+
+def plain_loss(states, items, target):
+    real = target != 0
+    return F.cross_entropy((states[real] @ items.T)[:, 1:], target[real] - 1)
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_softmax_loss_and_its_gradient(name, is_cuda, float64, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)    # a GPU takes the rows without choosing
+    loss = MODULES[name].softmax_loss
+    for n_rows, n_items in ((150, 40_000), (7, 11)):    # three chunks of rows, and one
+        states = torch.randn(n_rows, 4, requires_grad=True)
+        items = torch.randn(n_items, 4, requires_grad=True)
+        target = torch.randint(1, n_items, (n_rows,))
+        target[1:n_rows:3] = 0
+        found = loss(states, items, target)
+        expected = plain_loss(states, items, target)
+        torch.testing.assert_close(found, expected)
+        found = torch.autograd.grad(3 * found, (states, items))
+        expected = torch.autograd.grad(3 * expected, (states, items))
+        torch.testing.assert_close(found, expected)
+        assert not found[0][target == 0].any()
+    assert torch.autograd.gradcheck(lambda s, e: loss(s, e, target), (states, items))
+    assert loss(states, items, 0 * target) == 0    # no target at all: nothing, not NaN
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_softmax_loss_never_holds_all_logits(name):
+    rows, n_items = 400, 40_000
+    states = torch.randn(rows, 4, requires_grad=True)
+    items = torch.randn(n_items, 4, requires_grad=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        MODULES[name].softmax_loss(states, items, torch.ones(rows, dtype=torch.long)).backward()
+    assert largest.numel <= 64 * n_items
+    assert max(kept) <= items.numel()    # what waits for the backward pass
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+# ---------------- what a GPU would do, seen on a CPU
+# fake tensors have shape, type and device, and raise where a value is asked for
+
+@every_stage
+def test_branches_for_a_gpu_give_the_same(name, kind, tmp_path, monkeypatch):
+    found = []
+    for is_cuda in (False, True):
+        model = make(name, tmp_path, kind, dropout=0.)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", is_cuda)
+            torch.manual_seed(0)
+            losses = model(stage_batch(model))
+            if runs.is_trained(model):
+                sum(losses.values()).backward()
+        found.append((losses, {key: weight.grad for key, weight in model.named_parameters()}))
+    torch.testing.assert_close(*found)
+
+
+@every_stage
+def test_no_step_waits_for_a_gpu(name, kind, tmp_path, monkeypatch):
+    def autocast(device):
+        return torch.autocast("cpu", torch.bfloat16)
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(train, "precision", autocast)
+    for method in ("check", "means"):    # once per epoch the host may wait
+        monkeypatch.setattr(train.Watch, method, lambda *_: None)
+    model, batch, mode = faked(name, tmp_path, kind, "cpu")
+    rows = mock.MagicMock()
+    rows.users = np.arange(B)
+    rows.epoch = lambda *_: iter([(batch, np.arange(B))] * 2)
+    with mode:
+        if runs.is_trained(model):
+            optimizer = train.optimizer_of(model, model.cfg, 1e-3)
+            device = torch.device("cpu")
+            trainer = train.Trainer(model, model.forward, optimizer, device, batch_size=B)
+            train.train_epoch(trainer, rows, None, "")
+        if kind == "Model":
+            with torch.no_grad():
+                model.eval().score(batch, model.encode_items())
+
+
+@every_stage
+@pytest.mark.skipif(torch.version.cuda is None, reason="this build of torch knows no CUDA")
+def test_everything_lies_on_the_gpu(name, kind, tmp_path):
+    if name == "mdsrec":
+        pytest.skip("sparse matrices cannot be faked on a GPU")
+    model, batch, mode = faked(name, tmp_path, kind, "cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with mode:
+            terms = model(batch)
+            assert {term.device.type for term in terms.values()} == {"cuda"}
+            assert {term.dtype for term in terms.values()} == {torch.float32}
+            norm = next(iter(terms.values())).detach()
+            assert train.Watch(torch.device("cuda")).step(terms, norm, []).is_cuda
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    if kind == "Model":
+        with mode, torch.no_grad():
+            assert model.eval().score(batch, model.encode_items()).is_cuda
+
+
+def stage_batch(model):
+    """What the loop gives a stage: items for a Pretrain of items, else sequences."""
+    if getattr(model, "rows", "") == "items":
+        return {"item": torch.arange(1, N + 1)}
+    return make_batch()
+
+
+def faked(name, folder, kind, device):
+    """(model, batch, mode): weights, buffers and batch as fake tensors of the device."""
+    if name == "mmsr":
+        pytest.skip("its shapes depend on how many different items a batch holds")
+    model = make(name, folder, kind)
+    model.cfg = settings_of(name, folder)
+    mode = FakeTensorMode()
+
+    def fake(tensor):
+        tensor = mode.from_tensor(tensor)
+        with mode:
+            return tensor.to(device)
+
+    for module in model.modules():
+        for key, weight in module._parameters.items():
+            if weight is not None:
+                weight = torch.nn.Parameter(fake(weight.data), weight.requires_grad)
+                module._parameters[key] = weight
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = fake(buffer)
+    batch = {key: fake(value) for key, value in stage_batch(model).items()}
+    return model, batch, mode
