@@ -12,6 +12,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -105,45 +106,55 @@ def each_row(path, columns, take, optional=()) -> dict:
     the table lacks is "" in every line. Raises UserError for a missing column, a damaged file,
     quotes that do not close, or more than 1 % unusable lines.
     """
-    def rows(file):
-        reader = csv.reader(file, strict=True)    # else a stray quote swallows the lines after it
-        try:
-            header = [name.strip().lower() for name in next(reader, [])]
-            missing = [name for name in columns if name not in header]
-            if missing:
-                raise UserError(
-                    f"{path} must begin with a line that names the columns {', '.join(columns)}, "
-                    f"but {', '.join(missing)} is not there: put a complete copy in its place"
-                )
-            places = [header.index(name) for name in columns]
-            places += [header.index(name) if name in header else -1 for name in optional]
-            cells = itemgetter(*places)
-            for row in filter(None, reader):
-                if len(row) < len(header):
-                    yield reader.line_num, Defect("columns_missing")
-                else:
-                    row.append("")    # what place -1, an optional column that is not there, reads
-                    yield reader.line_num, cells(row)
-        except csv.Error as error:
+    def rows():
+        lines = csv_lines(path)
+        header = names(next(lines, (0, []))[1])
+        missing = [name for name in columns if name not in header]
+        if missing:
             raise UserError(
-                f"{path}, line {reader.line_num} is not CSV ({error}): correct that line"
-            ) from None
+                f"{path} must begin with a line that names the columns {', '.join(columns)}, but "
+                f"{', '.join(missing)} is not there: put a complete copy in its place"
+            )
+        places = [header.index(name) for name in columns]
+        places += [header.index(name) if name in header else -1 for name in optional]
+        cells = itemgetter(*places)
+        for number, row in lines:
+            if len(row) < len(header):
+                yield number, Defect("columns_missing")
+            else:
+                row.append("")    # what place -1, an optional column that is not there, reads
+                yield number, cells(row)
 
+    return count_lines(path, rows(), lambda row: take(*row))
+
+
+def csv_lines(path):
+    """Yield (line number, cells) of a CSV file (.gz too), without blank lines. Raises UserError."""
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
         with open_text(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-            return count_lines(path, rows(file), lambda row: take(*row))
+            lines = csv.reader(file, strict=True)    # else a stray quote swallows what follows
+            for row in filter(None, lines):
+                yield lines.line_num, row
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {lines.line_num} is not CSV ({error}): correct that line"
+        ) from None
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(
             f"{path} cannot be read to its end ({error}): put a complete copy in its place"
         ) from None
 
 
+def names(header) -> list:
+    """The cells of a header as column names."""
+    return [name.strip().lower() for name in header]
+
+
 def header_of(path) -> list:
-    """The column names of a CSV file, in lower case."""
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-        return [name.strip().lower() for name in next(csv.reader(file), [])]
+    """The column names of a CSV file, in lower case. Raises UserError for what is not CSV."""
+    with closing(csv_lines(path)) as lines:
+        return names(next(lines, (0, []))[1])
 
 
 def parse_object(text):

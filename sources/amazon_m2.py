@@ -85,14 +85,14 @@ def read(folder, name) -> Raw:
 def read_sessions(path, locales) -> tuple:
     """-> users, items, times (parallel lists), counts.
 
-    A session is named by its locale and its place in the file.
+    A session is named by its locale and a running number.
     """
     users, items, times = [], [], []
     keys = {}    # one string per key, however many sessions
-    places = count(1)
+    numbers = count(1)
 
     def take(previous, following, locale):
-        place = next(places)
+        number = next(numbers)
         locale = locale.strip().upper()
         session = ITEM.findall(previous)
         target = ITEM.findall(following)
@@ -106,7 +106,7 @@ def read_sessions(path, locales) -> tuple:
             return "prev_items_cut_short"
         if locale in locales:
             session = [f"{item}@{locale}" for item in session + target]
-            users.extend([f"{locale}{place}"] * len(session))
+            users.extend([f"{locale}{number}"] * len(session))
             items.extend(map(keys.setdefault, session, session))
             times.extend(range(len(session)))
 

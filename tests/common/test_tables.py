@@ -1,0 +1,205 @@
+"""common/tables.py: clean text, and the readers that count what they cannot use."""
+import gzip
+import os
+import re
+
+import pytest
+
+from common import tables
+from common.files import UserError
+from common.tables import (
+    Defect,
+    clean_text,
+    count_lines,
+    each_object,
+    each_row,
+    header_of,
+    parse_object,
+    placed,
+    sentences,
+    text_lines,
+)
+
+# ---------------- text
+
+@pytest.mark.parametrize("value, text", [
+    (" a \n\t b ", "a b"),
+    ("Tom &amp; Jerry &amp;amp; co", "Tom & Jerry & co"),
+    ("<b>bold</b> <br/>x", "bold x"),
+    ("<script>var a = '<b>';</script>rest", "rest"),
+    ("<STYLE>p {}", ""),
+    ('<span class="a-size-medium', ""),
+    ("<!-- hidden -->seen", "seen"),
+    ("3 < 4 > 2", "3 < 4 > 2"),
+    ("&lt;b&gt;bold", "bold"),
+    (None, ""),
+    (float("nan"), ""),
+    (True, ""),
+    (12, "12"),
+    (["a", None, ["b"]], "a b"),
+    ({"k": "v"}, "v"),
+    ("Cafe\u0301", "Caf\u00e9"),
+    ("日本語", "日本語"),
+    ("a\x00b\u200bc\ud800", "a b c"),
+], ids=ascii)
+def test_clean_text(value, text):
+    assert clean_text(value) == text
+
+
+def test_texts_nested_too_deep_are_no_texts():
+    deep = ["x"]
+    for _ in range(100_000):
+        deep = [deep]
+    assert clean_text(["seen", deep]) == "seen"
+
+
+def test_sentences_are_distinct_in_order_and_cut():
+    assert sentences("b", None, " ", "<i>a</i>", "b ", ["c", "d"]) == ["b", "a", "c d"]
+    assert sentences("x" * 3000) == ["x" * 2000]
+    assert sentences("abc", "abd", limit=2) == ["ab"]
+
+
+# ---------------- rows
+
+def write(path, content):
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    return path
+
+
+def rows_of(path, *columns, optional=()):
+    """(the cells of each line, counts)"""
+    rows = []
+    counts = each_row(path, columns, lambda *cells: rows.append(cells), optional)
+    return rows, counts
+
+
+def test_a_table_is_plain_or_else_compressed(tmp_path):
+    assert placed(tmp_path, "t.csv") is None
+    (tmp_path / "t.csv").mkdir()
+    write(tmp_path / "t.csv.gz", "")
+    assert placed(tmp_path, "t.csv") == tmp_path / "t.csv.gz"
+    (tmp_path / "t.csv").rmdir()
+    write(tmp_path / "t.csv", "")
+    assert placed(tmp_path, "t.csv") == tmp_path / "t.csv"
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_columns_are_found_by_name(tmp_path, name):
+    text = '\ufeff More , B,a\r\n\r\n1,"x, ""y""\r\nz",3\r\n4,5,6,7\r\n'
+    path = write(tmp_path / name, text)
+    rows, counts = rows_of(path, "a", "b", optional=("more", "missing"))
+    assert rows == [("3", 'x, "y"\r\nz', "1", ""), ("6", "5", "4", "")]
+    assert counts == {"lines": 2, "bad_lines": {}}
+    assert header_of(path) == ["more", "b", "a"]
+
+
+def test_a_short_line_is_bad_and_is_not_handed_on(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b,c\n" + "1,2,3\n" * 99 + "1,2\n")
+    rows, counts = rows_of(path, "a", "b")
+    assert rows == [("1", "2")] * 99
+    assert counts == {"lines": 100, "bad_lines": {"columns_missing": 1}, "first_bad_line": 101}
+
+
+def test_bytes_that_are_no_text_spoil_only_their_cell(tmp_path):
+    path = write(tmp_path / "t.csv", b"a,b\n\xff\xfe,2\n")
+    assert rows_of(path, "a", "b")[0] == [("\ufffd\ufffd", "2")]
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "names the columns a, b, but a, b is not there"),
+    ("a,c\n1,2\n", "names the columns a, b, but b is not there"),
+    ('a,b\n1,"2\n1,2\n', "line 3 is not CSV"),
+    ('a,b\n1,"2"x\n', "line 2 is not CSV"),
+    ("x" * 200_000, "line 1 is not CSV"),
+], ids=["empty", "a column less", "open quote", "text after a quote", "one long line"])
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_tables_that_cannot_be_read(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}.* {message}"):
+        rows_of(path, "a", "b")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda whole: whole[:-500],
+    lambda whole: b"<html>login</html>",
+    lambda whole: whole[:200] + b"\0" * 2000 + whole[2200:],
+    lambda whole: whole[:-8] + b"\0\0\0\0" + whole[-4:],
+], ids=["cut", "a web page", "damaged", "another check sum"])
+def test_compressed_tables_that_are_cut_or_damaged(tmp_path, damage):
+    lines = "".join(f"{os.urandom(32).hex()},2\n" for _ in range(500))
+    path = write(tmp_path / "t.csv.gz", f"a,b\n{lines}")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="t.csv.gz cannot be read to its end"):
+        rows_of(path, "a", "b")
+
+
+# ---------------- objects
+
+def test_objects_one_a_line(tmp_path):
+    lines = ["\ufeff" + '{"a": 1}' + "\r", "", "  \r", '{"a": NaN}', ' {"b": "\ufffd"} ']
+    objects = []
+    for name in ("t.jsonl", "t.jsonl.gz"):
+        path = write(tmp_path / name, "\n".join(lines))
+        assert each_object(path, objects.append) == {"lines": 3, "bad_lines": {}}
+    assert [[*row] for row in objects] == [["a"], ["a"], ["b"]] * 2
+    assert objects[0] == {"a": 1}
+
+
+@pytest.mark.parametrize("text, parsed", [
+    ('{"a": [1]}', {"a": [1]}),
+    ("{'a': 1}", Defect("not_json")),
+    ("{} {}", Defect("not_json")),
+    ("[" * 100_000, Defect("not_json")),
+    ("[1]", Defect("not_an_object")),
+    ("null", Defect("not_an_object")),
+    ('"a"', Defect("not_an_object")),
+], ids=lambda value: str(value)[:10])
+def test_parse_object(text, parsed):
+    assert parse_object(text) == parsed
+    assert type(parse_object(text)) is type(parsed)
+
+
+def test_a_long_line_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "LONGEST_LINE", 1000)
+    lines = ['{"a": 1}'] * 250 + [f'{{"b": "{"x" * 1500}"}}', '{"last": 1}']
+    objects = []
+    path = write(tmp_path / "t.jsonl", "\n".join(lines))
+    assert each_object(path, objects.append)["bad_lines"] == {"not_json": 2}
+    assert len(objects) == 251
+    assert objects[-1] == {"last": 1}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda whole: whole[:20_000], "byte 20000 .Compressed file ended"),
+    (lambda whole: b"<html>login</html>", r"byte \d+ .Not a gzipped file"),
+    (lambda whole: whole[:-8] + b"\0\0\0\0" + whole[-4:], r"byte \d+ .CRC check failed"),
+], ids=["cut", "a web page", "another check sum"])
+def test_compressed_objects_that_are_cut_or_damaged_name_the_byte(tmp_path, damage, message):
+    lines = "".join(f'{{"a": "{os.urandom(99).hex()}"}}\n' for _ in range(999))
+    path = write(tmp_path / "t.jsonl.gz", lines)
+    path.write_bytes(damage(path.read_bytes()))
+    told = f"{re.escape(str(path))} is not a whole file, reading stopped at {message}"
+    with pytest.raises(UserError, match=told):
+        each_object(path, lambda row: None)
+
+
+def test_lines_are_numbered_as_an_editor_does(tmp_path):
+    path = write(tmp_path / "t.txt", "a\n\n \n b \r\nc")
+    assert list(text_lines(path)) == [(1, "a"), (4, "b"), (5, "c")]
+
+
+# ---------------- counting
+
+def test_one_percent_of_bad_lines_is_counted_and_more_is_refused(tmp_path):
+    def take(row):
+        return "odd" if row == 1 else None
+
+    rows = [(number, 0) for number in range(2, 200)] + [(300, 1), (301, Defect("broken"))]
+    assert count_lines("t", rows, take) == {
+        "lines": 200, "bad_lines": {"odd": 1, "broken": 1}, "first_bad_line": 300,
+    }
+    message = r"t: 2 of 199 lines cannot be used \(odd 1, broken 1\), the first is line 300:"
+    with pytest.raises(UserError, match=message):
+        count_lines("t", rows[1:], take)
+    assert count_lines("t", [], take) == {"lines": 0, "bad_lines": {}}
