@@ -39,6 +39,14 @@ def test_pre_training_on_other_sets_and_starting_from_its_weights(shop, tmp_path
     assert {json.loads(line)["stage"] for line in log} == {"train"}
 
 
+def test_no_epochs_of_pre_training_are_no_stage(shop, tmp_path):
+    flags = (*PRETRAIN, "--pretrain_epochs", 0, "--epochs", 1)
+    run("train.py", *flags, "--data", "shop", cwd=tmp_path)
+    folder = tmp_path / "runs" / "msm4sr-shop-0"
+    assert json.loads((folder / "log.jsonl").read_text())["stage"] == "train"
+    assert not (folder / "pretrain.safetensors").exists()
+
+
 def test_the_flags_old_spelling_still_works(shop, tmp_path):
     write_shop(tmp_path / "a", seed=1, items=20)
     run("train.py", *PRETRAIN, "--data", "shop", "--pretrain-data", "a", cwd=tmp_path)
