@@ -63,8 +63,8 @@ class MDSRecConfig:
     max_len: int = 50                    # items of the history that are read (reading 13)
     neighbors: int = 10                  # H: 10 in general, tuned per set (Parameter Settings)
     centers: int = 32                    # k, of a modality: 32 in general, tuned per data set
-    mu_id: float = 16.0                  # mu^id, weight of co-occurrence in the ids (Param. Settings)
-    mu_modal: float = 0.2                # mu^m, the same in the features (Parameter Settings)
+    mu_id: float = 16.0                  # mu^id: co-occurrence in the ids (Parameter Settings)
+    mu_modal: float = 0.2                # mu^m: the same in the features (Parameter Settings)
     rho_image: float = 0.5               # rho_v; rho_t = 1 - rho_v (below eq. 17); reading 10
     tau: float = 0.2                     # temperature of eq. 19; reading 10
     use_dis: bool = True                 # w/o DIS, Table 3: every pair in a sequence counts 1

@@ -6,12 +6,16 @@ import io
 import json
 import os
 import random
+import struct
 import sys
 import threading
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.files import command
 
@@ -69,6 +73,32 @@ def refused(done, *words):
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
+
+
+# ---------------- pictures
+
+def encoded(image, format="PNG", **options):
+    """The bytes of a picture's file."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def drawn(seed=0, side=24):
+    """A picture of noise."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def huge(width, height):
+    """A PNG of a few bytes that claims to be large."""
+    def chunk(kind, body):
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
 
 
 # ---------------- a web server

@@ -2,6 +2,7 @@
 import re
 
 import pytest
+
 from helpers import ROOT, run, write_shop
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("models/*.md"), *ROOT.glob("docs/**/*.md")])

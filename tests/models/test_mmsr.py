@@ -236,6 +236,16 @@ def test_dropout_is_where_the_definitions_have_it(kind, noisy, tmp_path):
     assert torch.equal(fusion(*tokens), fusion(*tokens))
 
 
+@pytest.mark.parametrize("p, p_attention", [(.5, 0.), (0., .5)])
+def test_cross_attention_has_both_dropouts(p, p_attention, tmp_path):
+    fusion = make_fusion(tmp_path, fusion="co", dropout=.5)
+    fusion.blocks.eval()
+    assert fusion.dropout.p == fusion.cross.dropout == .5
+    fusion.dropout.p = p
+    fusion.cross.dropout = p_attention
+    assert not torch.equal(fusion(*tokens_of()), fusion(*tokens_of()))
+
+
 def test_attention_has_twelve_heads_as_in_bert():
     assert mmsr.make_fusion(mmsr.Config(fusion="co"), None).cross.num_heads == 12
     assert mmsr.make_fusion(mmsr.Config(), None).blocks[0].self_attn.num_heads == 12
