@@ -24,7 +24,7 @@ def test_a_preset_is_said_in_one_line(capsys):
 def test_help_shows_every_setting_with_its_default(tmp_path):
     printed = run("train.py", "--model", "mdsrec", "--help", cwd=tmp_path).stdout
     words = " ".join(printed.split())
-    for text in ("--neighbors", "H = 10 in general", "(default: 16.0)", "--mask_history"):
+    for text in ("--neighbors", "H: 10 in general", "(default: 16.0)", "--mask_history"):
         assert text in words
     assert "sasrec" in run("train.py", "--help", cwd=tmp_path).stdout
 

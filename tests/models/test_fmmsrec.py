@@ -345,6 +345,12 @@ def test_mask_frequencies():
     assert torch.equal(fmmsrec.mask_items(seq, 1000, 0.)[0], seq)
 
 
+def test_another_item_is_never_padding():
+    """With one item in all, what is drawn for it is itself: 0 is read for [mask] only."""
+    read, chosen = fmmsrec.mask_items(torch.ones(500, 40, dtype=torch.long), 1, .2)
+    assert (read[chosen] == 0).double().mean().item() == pytest.approx(.8, abs=.03)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_last_place_is_always_mask(training, monkeypatch):
     model = make().train(training)
@@ -516,6 +522,16 @@ def test_info_nce_falls_when_pairs_are_alike():
     loss = [fmmsrec.info_nce(a, b + k * a, real, 1 / .07)[0].item() for k in (0, 1, 3, 100)]
     assert loss == sorted(loss, reverse=True)
     assert 0 <= loss[-1] < .1 < 1 < loss[0]
+
+
+def test_info_nce_is_precise_under_autocast():
+    a, b = torch.randn(2, 6, 64)
+    real = torch.ones(6, dtype=torch.bool)
+    expected = fmmsrec.info_nce(a, b, real, 100)[0].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fmmsrec.info_nce(a.float(), b.float(), real, 100)[0]
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_hard_negatives_are_drawn_by_similarity():

@@ -910,34 +910,33 @@ def test_the_table_holds_each_item_as_it_is_alone(tmp_path):
     same(table, torch.cat([model.items(torch.tensor([i])) for i in range(N + 1)]))
 
 
-def test_a_large_catalog_goes_in_parts(tmp_path, monkeypatch):
-    model = make(tmp_path, make_catalog(tmp_path, 600)).eval()
-    items = model.items
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many items a model encodes at a time."""
     sizes = []
+    real = mmsr.Model.items
 
-    def counted(ids):
+    def items(self, ids):
         sizes.append(len(ids))
-        return items(ids)
+        return real(self, ids)
 
-    monkeypatch.setattr(model, "items", counted)
+    monkeypatch.setattr(mmsr.Model, "items", items)
+    return sizes
+
+
+def test_a_large_catalog_goes_in_parts(tmp_path, encoded):
+    model = make(tmp_path, make_catalog(tmp_path, 600)).eval()
     table = model.encode_items()
-    assert sizes == [256, 256, 89]
-    same(table[[1, 256, 257, 600]], items(torch.tensor([1, 256, 257, 600])))
+    assert encoded == [256, 256, 89]
+    some = torch.tensor([1, 256, 257, 600])
+    same(table[some], model.items(some))
 
 
-def test_evaluation_encodes_the_catalog_once(shop, tmp_path, monkeypatch):
+def test_evaluation_encodes_the_catalog_once(shop, tmp_path, encoded):
     data = datasets.load(shop, root=tmp_path / "data")
     model = make(tmp_path, data.catalog(mmsr.READS) | {"n_items": data.n_items})
-    items = model.items
-    sizes = []
-
-    def counted(ids):
-        sizes.append(len(ids))
-        return items(ids)
-
-    monkeypatch.setattr(model, "items", counted)
     assert evaluate(model, data, model.cfg, "valid", "cpu")["users"] == 60
-    assert sizes == [data.n_items + 1]
+    assert encoded == [data.n_items + 1]
 
 
 def draw_every_kind(folder):

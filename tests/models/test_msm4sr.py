@@ -126,9 +126,16 @@ def test_one_vector_per_item_needs_no_attention():
     close(encoder.encode(x, mask), encoder.encode(x.repeat(1, 2, 1), two))
 
 
-def test_experts_start_alike_and_have_dropout():
-    encoder = msm.M2SE(settings(dropout=.5), make_catalog()).encoders["text"]
-    assert not encoder.W_3.weight.any()
+def test_weights_at_the_start():
+    model = msm.Model(settings(dim=64), make_catalog())
+    for encoder in model.m2se.encoders.values():
+        assert not encoder.W_3.weight.any()    # all experts alike
+    assert not model.item.weight[0].any()
+    assert model.item.weight[1:].std().item() == pytest.approx(.02, rel=.15)
+
+
+def test_experts_have_dropout_in_training_only():
+    encoder = make(dropout=.5).m2se.encoders["text"]
     assert not torch.equal(encoder(), encoder())
     encoder.eval()
     assert torch.equal(encoder(), encoder())
@@ -246,6 +253,27 @@ def test_one_transformer_for_both_streams():
     for states, rows in zip(h, z.values()):
         for found, row in zip(states, seq.tolist()):
             close(found[row.count(0):], naive_states(m2se, rows, row))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["input", "attention", "attended", "fed forward"])
+def test_dropout_of_the_transformer_in_training_only(place):
+    m2se = make(layers=1).m2se
+    block = m2se.blocks[0]
+    if place == "input":
+        m2se.dropout.p = .5
+    elif place == "attention":
+        block.attention_dropout = .5
+    else:    # one dropout in both places; the other one drops zeros
+        block.dropout.p = .5
+        other = block.outer if place == "attended" else block.out
+        other.weight.zero_()
+        other.bias.zero_()
+    seq = make_batch()["seq"]
+    streams = [torch.randn(3, 5, D)]
+    assert not torch.equal(m2se.transform(streams, seq), m2se.transform(streams, seq))
+    m2se.eval()
+    assert torch.equal(m2se.transform(streams, seq), m2se.transform(streams, seq))
 
 
 # ---------------- pre-training, eqs. (6) to (11)
@@ -518,6 +546,7 @@ def test_end_to_end_is_the_sum_of_both(prefixes):
 
 def test_one_modality_scores_and_the_other_gets_no_gradient():
     model = make(modality="text")
+    model.m2se.encoders["image"].x = None    # it is not even computed
     table = model.encode_items()
     assert set(table) == {"text", "candidates"} and table["candidates"].shape == (N + 1, D)
     sum(model(make_batch()).values()).backward()
@@ -572,6 +601,7 @@ def test_bfloat16_changes_little(kind, changes):
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(make_batch())
         z = model.m2se.items()
+        assert msm.similarity(z["text"], z["image"], .07).dtype == torch.float32
     sum(losses.values()).backward()
     assert values(losses) == pytest.approx(exact, rel=.1, abs=.02)
     assert {table.dtype for table in z.values()} == {torch.float32}

@@ -520,7 +520,7 @@ SHARED = {"fusion.P.fused", "fusion.M.weight", "fusion.M.bias", "fusion.attentio
     (dict(modality="image"), SHARED | {"fusion.P.text"}),
     (dict(use_gate=False), {"gate", "language"}),
     (dict(learn_temperature=False), {"log_scale"}),
-], ids=str)
+], ids=["no fusion", "text", "image", "no gate", "fixed temperature"])
 def test_ablations_remove_the_weights_they_name(setting, gone):
     assert parts(make()) - parts(make(**setting)) == gone
 
