@@ -246,7 +246,7 @@ def fmmsrec(dataset, device):
                 E, has = model.encoder.embed(F.pad(read, (0, 1)).flatten())    # place by place
                 E, has = E.unflatten(0, real.shape), has.unflatten(0, real.shape)
                 x = model.encoder.transform(E, has, real, position)
-                states = model.users(x.flatten(0, 1), has.flatten(0, 1))
+                states = model.state(x.flatten(0, 1), has.flatten(0, 1))
                 logits = states @ model.encode_items()["item"].T
                 loss = F.cross_entropy(logits, answers.flatten(), ignore_index=0)
             update(optimizer, loss)

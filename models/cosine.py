@@ -67,6 +67,7 @@ def check_catalog(catalog):
     check(not missing, f"the catalog lacks {', '.join(missing)}")
     for key, form in CATALOG.items():
         value = catalog[key]
+        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
         rows = catalog["n_items"] + 1 if "N+1" in form else None
         fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
         check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")

@@ -14,30 +14,37 @@ items in their order, [mask] at the end, and what it puts there is compared with
   sequence tower  E_1 ... E_L [mask] + modality + position -> (the same)  -> max at [mask] = h
                   score_j = cosine(h, h_j) / tau, cross entropy over all items
 
-Readings, where the paper is silent or misprinted (it has three equations 3: here 3a, 3b, 3c):
+Readings, where the paper is silent or misprinted (it has three equations 3: here 3a, 3b, 3c; its
+equations 6 to 9 are metrics and not here):
  1. eqs. 1-2: vectors of any encoder (a video: the mean of its frames). f_NN is Linear and
     LayerNorm, on standardised vectors, or their common mean drowns what tells them apart.
  2. the Transformer reads LayerNorm(feature + modality + position). Positions start as loud as the
-    features: with the usual 0.02 the sum drowns them, and the model cannot hear the order.
- 3. one learned [mask] stands for a missing modality, attends and stays in the maximum; drop_missing
-    leaves it out of both, as the ancestor MMSRec does. A masked item has no modality.
+    features: at the usual 0.02 the sum drowns them, and the model cannot hear the order. Modality
+    vectors start at 0.02.
+ 3. one learned [mask] stands for a missing modality, and for both of a masked item; it attends and
+    stays in the maximum. drop_missing leaves it out of both, as the ancestor MMSRec does.
  4. eq. 3a: h^i, h^s after a Linear and a LayerNorm each; length 1 where similarities are taken.
  5. blocks: LayerNorm after the residual sums, GELU, inner width 2 dim, a last LayerNorm.
  6. eq. 3b: L_I, L_S, L_I-S are InfoNCE between two passes with different dropout, of items that
     have the whole group; weights 1. A third modality adds its groups, and its pairs to PWC and PWM.
- 7. eq. 4: symmetric InfoNCE, rows and columns of one matrix; as printed it would be maximised.
- 8. eq. 4: its tau multiplies: exp of a learned number, from 1 / 0.07, at most 100; shared by 6.
+ 7. eq. 4: as printed its minus signs cancel, so it would be maximised, and its denominators sum
+    true pairs alone. Taken: symmetric InfoNCE, each picture against all texts and each text against
+    all pictures of the batch, a mean over the items that have both.
+ 8. eq. 4: its tau multiplies, as printed: the exponential of a learned number, from 1 / 0.07, at
+    most 100. The losses of reading 6 use the same.
  9. eq. 5 with its minus sign: each true pair, its picture with a wrong text, its text with a wrong
     picture, drawn from the batch by similarity; p = sigmoid of a linear map of the pair's joint h.
-10. i_j and s_j are passes of the shared encoder with the other modality masked.
+10. i_j and s_j of eq. 4 are h of the item with its other modality replaced by [mask].
 11. pre-training on the catalog's own items, a stage of its own; positions are new after it.
 12. both towers are one set of weights; a sequence is L x M tokens, seen both ways. Positions are
     counted from the end, so that the [mask] slot is always the same; the item tower has none.
 13. 20 % of the inner places, of these 80 / 10 / 10 %; the last is always [mask] and predicted.
-14. one row per prefix; prefixes false: one per user, its inner places the only other examples.
-15. cross entropy over all items, item tower with gradient in every step, mean over masked places.
+14. the last place of a row is its target, and the loop makes a row per prefix of a sequence.
+    prefixes false: a row per user, so inner places are the only other examples.
+15. the paper gives neither similarity nor loss of the recommendation. Taken: cosine / tau, cross
+    entropy over all items, item tower with gradient in every step, mean over masked places.
 16. Table 2 is no target: with one test item NDCG@10 - NDCG@5 is at most (HR@10 - HR@5) / log2(7),
-    which every method exceeds on every data set. Compare the variants of section 4.6.
+    which every method exceeds on every reported data set. Compare the variants of section 4.6.
 
 Reads from the catalog: n_items, text, image, has_text, has_image (their forms: CATALOG below).
 """
@@ -81,7 +88,7 @@ class FMMSRecConfig:
     schedule: Literal["constant", "step", "linear", "cosine"] = "constant"    # of the learning rate
     lr: float = 1e-3                     # "a learning rate of 0.001" (section 4.4)
     weight_decay: float = 0.0
-    batch_size: int = 1024    # rows, or items in pre-training; 8192 on 8 GPUs (section 4.4)
+    batch_size: int = 1024               # rows, or items in pre-training; 8192 in section 4.4
     epochs: int = 500                    # at most; not in the paper; MMSRec's
     patience: int = 10                   # not in the paper; MMSRec's
     pretrain_epochs: int = 50            # not in the paper; MMSRec's; 0: w/o P
@@ -99,6 +106,7 @@ class FMMSRecConfig:
         check(0 < self.pretrain_lr < math.inf, f"pretrain_lr {self.pretrain_lr} must be above 0")
 
 
+# chosen on validation for small sets and a CPU: what docs/results.md uses
 SMALL = dict(heads=4, batch_size=256, pretrain_epochs=20, lr=2e-3, schedule="cosine", patience=40)
 PRESETS = {
     "scientific-mm": SMALL | dict(dim=128, dropout=0.3, input_dropout=0.3, epochs=40),
@@ -138,24 +146,24 @@ class Block(nn.Module):
         """(B, T, D) -> (B, T, heads, D / heads)"""
         return x.unflatten(-1, (self.heads, -1))
 
-    def attend(self, x, keys, mask):
-        """x (B, Q, D), keys (B, T, D), mask (B, 1, 1, T) True = may be seen -> (B, Q, D)"""
+    def attend(self, x, keys, visible):
+        """x (B, Q, D), keys (B, T, D), visible (B, 1, 1, T) True = may be seen -> (B, Q, D)"""
         key, value = self.key_value(keys).chunk(2, -1)
         q, k, v = self.split(self.query(x)), self.split(key), self.split(value)
         p = self.attention_dropout if self.training else 0.0
         if keys.shape[1] <= 4:
-            # an item's tokens: fused attention is slow for so few, and ends at 65,535 rows
+            # an item's tokens: fused attention is slow for so few, and fails above 65,535 rows
             logits = (q[:, :, None] * k[:, None]).sum(-1) / math.sqrt(q.shape[-1])
-            logits = logits.masked_fill(~mask[:, 0, ..., None], -torch.inf)
+            logits = logits.masked_fill(~visible[:, 0, ..., None], -torch.inf)
             weights = F.dropout(logits.softmax(2), p)                      # (B, Q, T, heads)
-            a = (weights[..., None] * v[:, None]).sum(2)    # (B, Q, heads, D / heads)
+            a = (weights[..., None] * v[:, None]).sum(2)                   # (B, Q, heads, D/heads)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            a = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p).transpose(1, 2)
+            a = F.scaled_dot_product_attention(q, k, v, visible, dropout_p=p).transpose(1, 2)
         return self.out(a.flatten(2))
 
-    def forward(self, x, keys, mask):
-        x = self.norm1(x + self.dropout(self.attend(x, keys, mask)))
+    def forward(self, x, keys, visible):
+        x = self.norm1(x + self.dropout(self.attend(x, keys, visible)))
         feed_forward = self.outer(F.gelu(self.inner(x)))
         return self.norm2(x + self.dropout(feed_forward))
 
@@ -217,10 +225,11 @@ class Encoder(nn.Module):
         x = torch.where(has[..., None], E, self.mask)                      # reading 3
         x = x + self.modality + position                                   # reading 2
         x = self.dropout(self.norm(x)).flatten(1, 2)                       # (B, L M, D)
-        mask = (self.seen(has) & real[..., None]).flatten(1)[:, None, None]    # (B, 1, 1, L M)
+        visible = (self.seen(has) & real[..., None]).flatten(1)            # (B, L M)
+        visible = visible[:, None, None]                                   # (B, 1, 1, L M)
         for number, block in enumerate(self.blocks, 1):
             top = last and number == len(self.blocks)
-            x = block(x[:, -self.M:] if top else x, x, mask)
+            x = block(x[:, -self.M:] if top else x, x, visible)
         return x.unflatten(1, (-1, self.M))
 
     def pool(self, x, has):
@@ -243,15 +252,15 @@ class Encoder(nn.Module):
 def info_nce(a, b, real, scale):
     """Symmetric InfoNCE of a, b (B, D), row j of both one item: the loss, and its logits (B, B).
 
-    -1/2 mean_j [log softmax_k(scale sim(a_j, b_k)) + log softmax_k(scale sim(a_k, b_j))]_j=k, eq.
-    (4), over the items that are real (B,).
+    -1/2 mean_j [log softmax_k(scale sim(a_j, b_k)) + log softmax_k(scale sim(a_k, b_j))] at k = j,
+    eq. (4) by reading 7, over the items that are real (B,).
     """
     with torch.autocast(a.device.type, enabled=False):
         logits = scale * (F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T)
     itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
     known = logits.masked_fill(~(real[:, None] & real | itself), -torch.inf)
-    there = known.log_softmax(1).diagonal()                                # image -> text
-    back = known.log_softmax(0).diagonal()    # text -> image: reading 7
+    there = known.log_softmax(1).diagonal()                                # each a against all b
+    back = known.log_softmax(0).diagonal()                                 # each b against all a
     loss = -.5 * ((there + back) * real).sum() / real.sum().clamp(min=1)
     return loss, logits
 
@@ -269,7 +278,10 @@ def hard_negatives(logits, real, draw=True):
 
 
 class Pretrain(nn.Module):
-    """L = L_MM + L_I-S + L_I + L_S, eq. (3b); L_MM = L_PWC + L_PWM, eq. (3c). Batches of items."""
+    """The terms of L = L_MM + L_I-S + L_I + L_S, eq. (3b); L_MM = L_PWC + L_PWM, eq. (3c).
+
+    The loop adds them up. Its batches are of items, not of users' sequences.
+    """
     rows = "items"
 
     def __init__(self, cfg, catalog):
@@ -285,7 +297,10 @@ class Pretrain(nn.Module):
         self.register_buffer("keep", keep, persistent=False)               # (G, M)
 
     def forward(self, batch):
-        """{"pwc", "pwm", "text", "image", "text+image"} of a batch of items: "item" (B,)."""
+        """Of a batch of items, "item" (B,): the losses of eqs. (3b), (3c), by name.
+
+        "pwc" is L_PWC, "pwm" L_PWM, "text" L_S, "image" L_I, "text+image" L_I-S.
+        """
         encoder = self.encoder
         with torch.no_grad():
             self.logit_scale.clamp_(max=math.log(100))
@@ -298,12 +313,13 @@ class Pretrain(nn.Module):
         losses = {"pwc": 0.0, "pwm": 0.0} if encoder.M > 1 else {}
         for g, group in enumerate(self.groups):
             name = "+".join(encoder.modalities[i] for i in group)
-            losses[name], _ = info_nce(h[0, g], h[1, g], whole[g], scale)  # L_S, L_I, L_I-S
+            losses[name], _ = info_nce(h[0, g], h[1, g], whole[g], scale)  # reading 6
             if len(group) == 2:
-                a, b = h[0, group[0]], h[0, group[1]]                      # each modality alone
+                a, b = h[0, group[0]], h[0, group[1]]                      # s_j, i_j: reading 10
                 pwc, logits = info_nce(a, b, whole[g], scale)
                 losses["pwc"] += pwc                                       # eq. (4)
-                losses["pwm"] += self.pwm(E, g, h[0, g], whole[g], logits.detach())    # eq. (5)
+                pwm = self.pwm(E, g, h[0, g], whole[g], logits.detach())
+                losses["pwm"] += pwm                                       # eq. (5)
         return losses
 
     def pwm(self, E, g, h, real, logits):
@@ -319,9 +335,10 @@ class Pretrain(nn.Module):
         with_wrong_a = torch.where(is_b, E, E[wrong_a])
         pairs = torch.cat([with_wrong_b, with_wrong_a])                    # (2 B, M, D)
         wrong = self.encoder.encode(pairs, self.keep[g].expand(len(pairs), -1))
-        p = self.match(torch.cat([h, wrong]))[:, 0].to(h.dtype)            # before the sigmoid
+        logit = self.match(torch.cat([h, wrong]))[:, 0].to(h.dtype)        # p = sigmoid(logit)
         B = len(h)
-        loss = F.softplus(torch.cat([-p[:B], p[B:]]))    # -log p where y = 1, else -log(1 - p)
+        true, false = logit[:B], logit[B:]               # y = 1, y = 0
+        loss = F.softplus(torch.cat([-true, false]))     # -log p, -log(1 - p)
         has_partner = real & (real.sum() > 1)            # a single item finds no wrong one
         counts = torch.cat([real, has_partner, has_partner])
         return (loss * counts).sum() / counts.sum().clamp(min=1)
@@ -330,8 +347,10 @@ class Pretrain(nn.Module):
 # ---------------- recommendation
 
 def mask_items(seq, n_items, ratio):
-    """Masked item prediction (reading 13): seq (B, L) -> what is read instead, where 0 is [mask],
-    and which places are to be predicted."""
+    """Masked item prediction (reading 13) of seq (B, L): what is read instead, and what is asked.
+
+    Returns the ids that are read, (B, L), 0 = [mask], and which places are to be predicted, (B, L).
+    """
     chosen = (torch.rand(seq.shape, device=seq.device) < ratio) & (seq != 0)
     how = torch.rand(seq.shape, device=seq.device)
     random = torch.randint_like(seq, 1, n_items + 1)
@@ -364,8 +383,8 @@ class FMMSRec(nn.Module):
             expected[f"encoder.{name}"] = tuple(value.shape)
         given = {name: tuple(value.shape) for name, value in state.items()}
         wrong = expected.items() ^ given.items()
-        check(not wrong, f"a pre-trained state holds exactly the weights of Pretrain, here differ "
-                         f"{sorted(wrong)[:3]}")
+        check(not wrong, "a pre-trained state must hold exactly the weights of Pretrain, but these "
+                         f"differ: {sorted(wrong)[:3]}")
         mine = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
         self.encoder.load_state_dict(mine)
 
@@ -381,14 +400,14 @@ class FMMSRec(nn.Module):
         return {"embedding": E, "item": h}
 
     def item_tower(self, ids):
+        """ids (n,) or a slice -> E (n, M, D), h of length 1 (n, D)."""
         E, has = self.encoder.embed(ids)
         return E, F.normalize(self.encoder.encode(E, has), dim=-1)
 
     def sequence_tower(self, seq, read, table, last=False):
         """seq (B, L) -> tokens (B, L+1, M, D), has (B, L+1, M); last: of the last place only.
 
-        read (B, L): the ids that are read instead, 0 = [mask]. One place more, [mask], is at the
-        end.
+        read (B, L): the ids that are read in place of seq, 0 = [mask]. Place L+1 is [mask] always.
         """
         read = F.pad(read, (0, 1))                                         # (B, L+1)
         real = F.pad(seq != 0, (0, 1), value=True)
@@ -399,22 +418,28 @@ class FMMSRec(nn.Module):
         x = self.encoder.transform(E, has, real, position, last)
         return x, has[:, -1:] if last else has
 
-    def users(self, x, has):
-        """Tokens of a place (n, M, D), has (n, M) -> h / tau, h of length 1 (n, D)."""
+    def state(self, x, has):
+        """Tokens of a place (n, M, D), has (n, M) -> h / tau, h of length 1 (n, D): reading 15."""
         return F.normalize(self.encoder.pool(x, has), dim=-1) / self.cfg.tau
 
-    def next(self, seq, table):
-        """What stands at the last place, without inner masks: (B, L) -> (B, D)."""
+    def last_state(self, seq, table):
+        """What the [mask] after seq (B, L) has become, without inner masks: (B, D)."""
         x, has = self.sequence_tower(seq, seq, table, last=True)
-        return self.users(x[:, 0], has[:, 0])
+        return self.state(x[:, 0], has[:, 0])
 
     def forward(self, batch):
-        """{"next_item": loss, and in training "masked_item"}: one mean over all masked places."""
+        """The cross entropy at the last place, "next_item", and at inner places, "masked_item".
+
+        Inner places are masked in training only. The sum of both is the mean over all masked
+        places (reading 15). Reads "seq" and "target", (B, L), of a batch; of the targets the last
+        (reading 14).
+        """
         seq = batch["seq"][:, -self.cfg.max_len:]
         target = batch["target"][:, -1]
         table = self.encode_items()
         if not self.training:    # as in testing: [mask] at the end only
-            return {"next_item": softmax_loss(self.next(seq, table), table["item"], target)}
+            state = self.last_state(seq, table)
+            return {"next_item": softmax_loss(state, table["item"], target)}
         read, chosen = mask_items(seq, self.n_items, self.cfg.mask_ratio)
         x, has = self.sequence_tower(seq, read, table)
         place = self.inner_places(chosen)                                  # (R,)
@@ -423,7 +448,7 @@ class FMMSRec(nn.Module):
         inner_has = has[:, :-1].flatten(0, 1)[place]
         x = torch.cat([x[:, -1], inner_x])                                 # (B + R, M, D)
         has = torch.cat([has[:, -1], inner_has])
-        states = self.users(x, has)                                        # (B + R, D)
+        states = self.state(x, has)                                        # (B + R, D)
         count = (target != 0).sum() + (answer != 0).sum()                  # reading 15
         count = count.clamp(min=1)
         B = len(seq)
@@ -433,9 +458,10 @@ class FMMSRec(nn.Module):
         }
 
     def inner_places(self, chosen):
-        """Places of the flat batch, the chosen (B, L) first: (R,). R is fixed by the batch's size.
+        """Places of the flattened batch, (R,), the chosen (B, L) first. R depends on B L alone.
 
-        To count the chosen would make a GPU wait: there is room for 6 standard deviations more.
+        To count the chosen would make a GPU wait. R is their expected number and 6 standard
+        deviations more; what is left of it holds places that are not chosen and count nothing.
         """
         n, p = chosen.numel(), self.cfg.mask_ratio
         room = math.ceil(n * p + 6 * math.sqrt(n * p * (1 - p)))
@@ -443,9 +469,9 @@ class FMMSRec(nn.Module):
         return order[:min(n, room)]
 
     def score(self, batch, table):
-        """Scores (B, N+1): cosine(h, h_j) / tau."""
+        """Scores (B, N+1): cosine(h, h_j) / tau; column 0 is padding's and means nothing."""
         seq = batch["seq"][:, -self.cfg.max_len:]
-        return self.next(seq, table) @ table["item"].T
+        return self.last_state(seq, table) @ table["item"].T
 
 
 Model, Config = FMMSRec, FMMSRecConfig
@@ -521,6 +547,7 @@ def check_catalog(catalog):
     check(not missing, f"the catalog lacks {', '.join(missing)}")
     for key, form in CATALOG.items():
         value = catalog[key]
+        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
         rows = catalog["n_items"] + 1 if "N+1" in form else None
         fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
         check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")

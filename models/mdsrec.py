@@ -7,28 +7,40 @@ has been mixed into, turns item ids into one item table per modality; (b) each m
 Transformer over the user's sequence, and learned interest centres attend to the sequence as well;
 (c) the three next-item predictions are added.
 
-  train_seqs -> O (1, 2);  Ebar^id = E^id + mu O E^id (3) --------> Trm^id -> e^id_t --------+
-  E^m -> Ebar^m = E^m + mu O E^m (3) -> cosine (4) -> A^m top-H (5)                          |
-         Ehat^m = A^m E^id (6) -----------------------> Trm^m (9) -> e^m_t ----(rho_m)----> e^s (17)
-  k-means(E^m) = C^m (10) -> centres C^m Ehat^m (11) -> attend (12-16) -> Gamma (18, 19) -> etilde^m
+  train_seqs -> O (1, 2);  Ebar^id = E^id + mu^id O E^id (3) --> Trm^id (7, 8) -> e^id_t ----+
+  E^m -> Ebar^m = E^m + mu^m O E^m (3) -> A^m (4) -> Ahat^m (5)                             |
+         Ehat^m = Ahat^m E^id (6) --------------------> Trm^m (9) -> e^m_t ----(rho_m)----> e^s (17)
+  k-means(E^m) = C^m (10) -> Ehat_c^m = C^m Ehat^m (11) -> attend (12-16) -> E_c^m
+                                             etilde^m = e^m_t + Gamma E_c^m (18, 19)
   score = e^s . E^id (20) + sum_m rho_m etilde^m . Ehat^m (21, 22)       m = t (text), v (image)
 
 Readings, where the paper is silent, misprinted or contradicts itself:
- 1. eqs. 1-2: pairs of positions with different items, in both directions, of the training part.
- 2. eq. 3: rows of O sum to 1, features have length 1; else mu = 0.2 would drown the features.
- 3. O, A^m and C^m are made once; eqs. 3, 6 and 11 are computed in every step, with gradient.
- 4. eqs. 5-6: an item is its own first neighbour; A^m is a mean; H = 0, like 1, is the item itself.
- 5. eq. 6 and the candidates of eq. 20 use E^id, not Ebar^id, as printed.
- 6. eqs. 7-9: three encoders, one position table; causal, LayerNorm after the sum, as in BERT.
- 7. eq. 10: hard clusters of the raw features; a row of C divided by its size: centres are means.
- 8. eqs. 12-15: centres pass the very block of the sequence, with its residual, LayerNorm and GELU:
-    as printed, two linear maps in a row are one, and without a residual all centres become equal.
- 9. eqs. 12-16: centres read the whole input, so a row has one target, its last: a row per prefix.
+ 1. eqs. 1-2: pairs of places with different items, in both directions, among the last max_len
+    items of each training sequence.
+ 2. eq. 3: rows of O sum to 1 and features have length 1: raw counts would drown the features even
+    at mu^m = 0.2. mu^id = 16 is the paper's, so there the neighbours outweigh the item.
+ 3. made once: O, eq. 3 of the features, 4, 5, 10. In every step, with gradient: eq. 3 of the ids,
+    6 and 11.
+ 4. eqs. 5-6: an item is its own first neighbour, and repeats itself where candidates run out;
+    Ehat^m is a mean over the neighbours; H = 0, like 1, is the item itself.
+ 5. Ebar^id is for eq. 7 alone: eqs. 6 and 20 have E^id, as printed.
+ 6. eqs. 7-9: three encoders, one position table, counted from the end (rows are padded on the
+    left). LayerNorm and dropout after item + position; causal; LayerNorm after each residual.
+ 7. eq. 10: hard clusters of features of length 1; a row of C^m is divided by the cluster's size, so
+    centres are means. The centre of an empty cluster is 0.
+ 8. eqs. 12-15: the centres pass the very block of the sequence, with its residuals, LayerNorm and
+    GELU: as printed, two linear maps in a row are one. Heads have width D / heads and scale by its
+    root. The centres enter without the LayerNorm of reading 6, hence small, and end nearly equal.
+ 9. eqs. 12-16: the centres read the whole input. So a row has one target, its last: in the middle
+    of a row they would have read the answer. The loop makes a row per prefix of a sequence.
 10. rho_v + rho_t = 1, 0.5 each, and tau = 0.2; neither is given.
-11. eq. 19: the noise is logistic, though called Gumbel: the usual Gumbel-softmax; none in testing.
+11. eq. 19: the printed noise log(delta) - log(1 - delta) is logistic; taken is Gumbel noise, as the
+    text says. None in testing.
 12. eqs. 20-24: raw dot products; the softmax is inside each cross entropy; 1/|U| is over the sum.
-13. layers, heads, inner width and dropout are not given: MISSRec's. 50 items for every data set.
-14. w/o CRE builds the modal graphs from E^m; Ebar^id stays (mu_id = 0 is without that as well).
+13. layers, heads, inner width and dropout are not given: MISSRec's. 50 items are read everywhere;
+    the longest histories of Baby, Sports and Clothing have 124, 295 and 135.
+14. w/o DIS: every pair counts 1. w/o CRE: the modal graphs are made of E^m; Ebar^id stays
+    (mu_id = 0 is without that as well). w/o ICA: etilde^m = e^m_t.
 15. w/o MRGC makes Ehat^m a trained linear map of E^m.
 16. an item without a modality has what co-occurrence gives it (eq. 3), else itself as neighbour.
 
@@ -108,30 +120,31 @@ PRESETS = {
 def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
     """O and its transpose, sparse (N+1, N+1), zero diagonal.
 
-    O_ij = sum of 1 / |p - q| over all sequences and positions p, q with items i, j (eq. 1),
-    symmetric (eq. 2); then each row is divided by its sum (reading 2).
+    O_ij = sum over users u of O_ij^u (2), where O_ij^u = 1 / D_ij (1) and D_ij is the distance
+    |p - q| of the places p of i and q of j in the sequence of u; each pair of places counts. Then
+    each row of O is divided by its sum (reading 2).
     """
-    seqs = [seq[-max_len:] for seq in train_seqs]
+    seqs = [seq[-max_len:] for seq in train_seqs]                      # reading 1
     items = torch.tensor([item for seq in seqs for item in seq], dtype=torch.long)
     lengths = torch.tensor([len(seq) for seq in seqs], dtype=torch.long)
     user = torch.arange(len(seqs)).repeat_interleave(lengths)
-    pairs = [torch.zeros(2, 0, dtype=torch.long)]
-    values = [torch.zeros(0)]
-    for distance in range(1, max(map(len, seqs), default=1)):
+    pairs = [torch.zeros(2, 0, dtype=torch.long)]                      # (2, n) each: i and j
+    scores = [torch.zeros(0)]                                          # (n,) each: 1 / D_ij
+    for distance in range(1, max(map(len, seqs), default=1)):          # D_ij
         i, j = items[:-distance], items[distance:]
-        together = (user[:-distance] == user[distance:]) & (i != j)    # reading 1
-        value = 1 / distance if use_dis else 1.0                       # eq. (1)
-        pairs.append(torch.stack([i, j])[:, together])
-        values.append(torch.full((int(together.sum()),), value))
-    pairs = torch.cat(pairs, 1)                                        # (2, n)
-    values = torch.cat(values)
-    i, j = torch.cat([pairs, pairs.flip(0)], 1)                        # eq. (2): both directions
-    place, pair = torch.unique(i * (n_items + 1) + j, return_inverse=True)
-    O = torch.zeros(len(place)).index_add_(0, pair, torch.cat([values, values]))
-    i, j = place // (n_items + 1), place % (n_items + 1)
-    total = torch.zeros(n_items + 1).index_add_(0, i, O)
-    by_row = O / total[i]
-    by_column = O / total[j]    # O is symmetric, so this is the transpose of the other
+        counts = (user[:-distance] == user[distance:]) & (i != j)      # reading 1
+        score = 1 / distance if use_dis else 1.0                       # eq. (1)
+        pairs.append(torch.stack([i, j])[:, counts])
+        scores.append(torch.full((int(counts.sum()),), score))
+    pairs = torch.cat(pairs, 1)
+    i, j = torch.cat([pairs, pairs.flip(0)], 1)                        # D_ij = D_ji: both ways
+    scores = torch.cat(scores).repeat(2)
+    cell, where = torch.unique(i * (n_items + 1) + j, return_inverse=True)    # cells of O that fill
+    O = torch.zeros(len(cell)).index_add_(0, where, scores)            # eq. (2): sum over users
+    i, j = cell // (n_items + 1), cell % (n_items + 1)
+    row_sum = torch.zeros(n_items + 1).index_add_(0, i, O)
+    by_row = O / row_sum[i]
+    by_column = O / row_sum[j]    # O is symmetric, so this is the transpose of the other
     shape = (n_items + 1, n_items + 1)
     with torch.sparse.check_sparse_tensor_invariants(enable=True):
         index = torch.stack([i, j])
@@ -142,9 +155,10 @@ def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
 
 
 class Mix(torch.autograd.Function):
-    """O E for a fixed sparse O (N+1, N+1), with its transpose, and E (N+1, D).
+    """O E of eq. (3), for a fixed sparse O (N+1, N+1) and E (N+1, D).
 
-    In float32: GPUs have no sparse product in bfloat16.
+    The transpose of O is stored beside it: the backward pass needs it, and sparse matrices are
+    slow to transpose. In float32: GPUs have no sparse product in bfloat16.
     """
 
     @staticmethod
@@ -164,7 +178,8 @@ class Mix(torch.autograd.Function):
 def nearest(features, count):
     """The `count` items of greatest cosine, the item itself first: (N+1, D) -> (N+1, count) ids.
 
-    S_ij = cos(Ebar_i, Ebar_j), eq. (4); A_ij = 1 for the top H of row i, eq. (5).
+    A_ij = cos(Ebar_i, Ebar_j), eq. (4); Ahat_ij = 1 for the top H of row i, else 0, eq. (5). The
+    ids returned are the j with Ahat_ij = 1.
     """
     N = len(features) - 1
     count = min(count, N)
@@ -172,10 +187,10 @@ def nearest(features, count):
     empty = ~unit[1:].any(1)                                # (N,) no feature: nobody's neighbour
     found = [torch.zeros(1, count, dtype=torch.long)]       # padding
     for rows in torch.arange(1, N + 1).split(max(1, 2 ** 24 // (N + 1))):
-        cosine = unit[rows] @ unit[1:].T                    # eq. (4): (rows, N)
-        cosine = cosine.masked_fill(empty, -torch.inf)
-        cosine[torch.arange(len(rows)), rows - 1] = 2       # itself first, whoever equals it
-        best = cosine.topk(count)                           # eq. (5)
+        A = unit[rows] @ unit[1:].T                         # eq. (4): (rows, N)
+        A = A.masked_fill(empty, -torch.inf)
+        A[torch.arange(len(rows)), rows - 1] = 2            # itself first, whoever equals it
+        best = A.topk(count)                                # eq. (5)
         alone = best.values.isinf() | empty[rows - 1, None]
         found.append(torch.where(alone, rows[:, None], best.indices + 1))    # reading 16
     return torch.cat(found)
@@ -184,8 +199,8 @@ def nearest(features, count):
 def k_means(features, k, steps=50, seed=0):
     """C of eq. (10): (N+1, D) -> (k, N+1); row c is 1 / size at the members of cluster c.
 
-    Items without a feature belong to no cluster; a cluster may be empty when there are fewer
-    different items than k.
+    Items without a feature belong to no cluster. Where there are fewer different items than k,
+    clusters are empty: rows of 0 (reading 7).
     """
     random = torch.Generator().manual_seed(seed)
     member = features.any(1).nonzero()[:, 0]
@@ -237,19 +252,20 @@ class Block(nn.Module):
     def attend(self, x, keys, mask):
         """head_h = softmax(x Q_h (keys K_h)^T / sqrt(D / heads)) keys V_h, eqs. (12), (13).
 
-        x (B, Q, D), keys (B, L, D), mask (B, 1, Q, L) True = may look -> (B, Q, D)
+        The heads side by side, times U: eq. (14).
+        x (B, T, D), keys (B, L, D), mask (B, 1, T, L) True = may look -> g (B, T, D)
         """
         q = self.split(self.query(x))
         k = self.split(self.key(keys))
         v = self.split(self.value(keys))
         p = self.attention_dropout if self.training else 0.0
         head = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
-        return self.out(head.transpose(1, 2).flatten(2))
+        return self.out(head.transpose(1, 2).flatten(2))                  # eq. (14)
 
     def forward(self, x, keys, mask):
-        x = self.norm1(x + self.dropout(self.attend(x, keys, mask)))      # eq. (14)
-        feed_forward = self.outer(F.gelu(self.inner(x)))                  # reading 8
-        return self.norm2(x + self.dropout(feed_forward))                 # eq. (15)
+        x = self.norm1(x + self.dropout(self.attend(x, keys, mask)))      # reading 8
+        feed_forward = self.outer(F.gelu(self.inner(x)))                  # eq. (15), reading 8
+        return self.norm2(x + self.dropout(feed_forward))
 
 
 # ---------------- the model
@@ -263,14 +279,14 @@ class MDSRec(nn.Module):
         self.cfg = cfg
         self.rho = {"text": 1 - cfg.rho_image, "image": cfg.rho_image}
         N = catalog["n_items"]
-        self.item = nn.Embedding(N + 1, cfg.dim, padding_idx=0)           # E^id
+        self.item = nn.Embedding(N + 1, cfg.dim)                          # E^id; row 0 is padding
         self.position = nn.Parameter(torch.empty(cfg.max_len, cfg.dim))   # P
         self.norm = nn.LayerNorm(cfg.dim)
         self.dropout = nn.Dropout(cfg.dropout)
         self.encoders = nn.ModuleDict()
         for name in ("id", *MODALITIES):                                  # reading 6
             self.encoders[name] = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.graphs = Buffers()      # A^m (N+1, H): ids of the neighbours
+        self.graphs = Buffers()      # Ahat^m (N+1, H): ids of the neighbours
         self.clusters = Buffers()    # C^m (k, N+1)
         self.features = Buffers()    # E^m (N+1, D), where they are read in every step
         self.maps = nn.ModuleDict()  # w/o MRGC
@@ -298,7 +314,7 @@ class MDSRec(nn.Module):
     def encode_items(self):
         """{"item": E^id, "id": Ebar^id, "text": Ehat^t, "image": Ehat^v}, each (N+1, D).
 
-        Ebar^id = E^id + mu_id O E^id, eq. (3); Ehat^m = mean of E^id over A^m, eq. (6).
+        Ebar^id = E^id + mu^id O E^id, eq. (3); Ehat^m = mean of E^id over the neighbours, eq. (6).
         """
         E = self.item.weight
         table = {"item": E}
@@ -310,76 +326,82 @@ class MDSRec(nn.Module):
                 table[m] = self.maps[m](self.features[m])                           # reading 15
         return table
 
-    def encode(self, name, seq, items, centers=None):
+    def encode(self, name, seq, items, E_hat_c=None):
         """One modality's Transformer over seq (B, L); items: its table (N+1, D).
 
-        centers: the interest centres (k, D) of eq. (11), or None. Returns e_t (B, D), the state
-        after the last item, and the user's own centres (B, k, D), eq. (16).
+        E_hat_c: the interest centres (k, D) of eq. (11), or None. Returns e_t (B, D), the state
+        after the last item, and E_c (B, k, D), what the user made of the centres, eq. (16).
         """
         B, L = seq.shape
-        x = F.embedding(seq, items) + self.position[-L:]                            # eq. (7)
+        x = F.embedding(seq, items) + self.position[-L:]                            # eqs. (7), (9)
         x = self.dropout(self.norm(x))                                              # (B, L, D)
         last = torch.arange(L, device=seq.device) == L - 1
-        real = (seq != 0) | last                                                    # (B, L)
+        real = (seq != 0) | last    # an empty history reads its last place, or softmax had no key
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
-        itself = torch.eye(L, dtype=torch.bool, device=seq.device)
+        itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # padding sees itself, too
         mask = (causal & real[:, None] | itself)[:, None]                           # (B, 1, L, L)
-        if centers is not None:
-            centers = centers.expand(B, -1, -1)                                     # (B, k, D)
+        E_c = None
+        if E_hat_c is not None:
+            E_c = E_hat_c.expand(B, -1, -1)                                         # (B, k, D)
         for number, block in enumerate(self.encoders[name], 1):
             # of the top layer only the last place is read, so only that is computed
             top = slice(-1, None) if number == self.cfg.layers else slice(None)
-            if centers is not None:
+            if E_c is not None:
                 whole = real[:, None, None]                                         # reading 9
-                centers = block(centers, x, whole)                                  # eqs. (12)-(15)
+                E_c = block(E_c, x, whole)                                          # eqs. (12)-(15)
             x = block(x[:, top], x, mask[:, :, top])                                # eqs. (8), (9)
-        return x[:, -1], centers                                                    # eq. (16)
+        return x[:, -1], E_c                                                        # eq. (16)
 
-    def interest(self, e, centers):
-        """etilde = e + sum_k Gamma_k c_k, Gamma = softmax((e . c + noise) / tau), eqs. (18), (19).
+    def interest(self, e, E_c):
+        """etilde = e + Gamma E_c, Gamma = softmax((e . E_c + noise) / tau), eqs. (18), (19).
 
-        e (B, D), centers (B, k, D) -> (B, D)
+        e (B, D), E_c (B, k, D) -> (B, D)
         """
-        logits = torch.einsum("bd,bkd->bk", e, centers).to(e.dtype)
+        logits = torch.einsum("bd,bkd->bk", e, E_c).to(e.dtype)
         if self.training:
-            gamma = F.gumbel_softmax(logits, self.cfg.tau)                          # reading 11
+            gamma = F.gumbel_softmax(logits, self.cfg.tau)                # eq. (19), reading 11
         else:
-            gamma = (logits / self.cfg.tau).softmax(-1)
-        return e + torch.einsum("bk,bkd->bd", gamma, centers)
+            gamma = (logits / self.cfg.tau).softmax(-1)                   # eq. (19)
+        return e + torch.einsum("bk,bkd->bd", gamma, E_c)                 # eq. (18)
 
-    def users(self, seq, table):
-        """e^s (B, D), eq. (17), and {modality: etilde^m (B, D)}, eq. (18)."""
+    def states(self, seq, table):
+        """Of histories seq (B, L): e^s (B, D), eq. (17), and {m: etilde^m (B, D)}, eq. (18)."""
         e_s, _ = self.encode("id", seq, table["id"])
-        own = {}
+        e_tilde = {}
         for m in MODALITIES:
             if self.cfg.use_ica:
-                centers = self.clusters[m] @ table[m]    # eq. (11): (k, D)
-                e, centers = self.encode(m, seq, table[m], centers)
-                own[m] = self.interest(e, centers)
+                E_hat_c = self.clusters[m] @ table[m]                     # eq. (11): (k, D)
+                e, E_c = self.encode(m, seq, table[m], E_hat_c)
+                e_tilde[m] = self.interest(e, E_c)
             else:
                 e, _ = self.encode(m, seq, table[m])
-                own[m] = e
-            e_s = e_s + self.rho[m] * e                                             # eq. (17)
-        return e_s, own
+                e_tilde[m] = e                                            # reading 14
+            e_s = e_s + self.rho[m] * e                                   # eq. (17)
+        return e_s, e_tilde
 
     def forward(self, batch):
-        """L = L_s + sum_m rho_m L_m, eqs. (23), (24), of a batch's "seq" and "target" (B, L)."""
+        """The terms of L = L_s + sum_m rho_m L_m, eq. (23): {"next_item": L_s, m: rho_m L_m}.
+
+        Reads "seq" and "target", (B, L), of a batch; of the targets the last (reading 9).
+        """
         seq = batch["seq"][:, -self.cfg.max_len:]
-        target = batch["target"][:, -1]                                             # reading 9
+        target = batch["target"][:, -1]
         table = self.encode_items()
-        e_s, own = self.users(seq, table)
-        losses = {"next_item": softmax_loss(e_s, table["item"], target)}    # eqs. (20), (24)
+        e_s, e_tilde = self.states(seq, table)
+        losses = {"next_item": softmax_loss(e_s, table["item"], target)}  # eqs. (20), (24)
         for m in MODALITIES:
-            losses[m] = self.rho[m] * softmax_loss(own[m], table[m], target)    # eqs. (21), (24)
+            L_m = softmax_loss(e_tilde[m], table[m], target)              # eqs. (21), (24)
+            losses[m] = self.rho[m] * L_m                                 # eq. (23)
         return losses
 
     def score(self, batch, table):
         """y = e^s . E^id + sum_m rho_m etilde^m . Ehat^m, eqs. (20) to (22): scores (B, N+1)."""
         seq = batch["seq"][:, -self.cfg.max_len:]
-        e_s, own = self.users(seq, table)
-        scores = e_s @ table["item"].T                                              # eq. (20)
+        e_s, e_tilde = self.states(seq, table)
+        scores = e_s @ table["item"].T                                    # eq. (20)
         for m in MODALITIES:
-            scores = scores + self.rho[m] * (own[m] @ table[m].T)    # eqs. (21), (22)
+            y_m = e_tilde[m] @ table[m].T                                 # eq. (21)
+            scores = scores + self.rho[m] * y_m                           # eq. (22)
         return scores
 
 
@@ -456,6 +478,7 @@ def check_catalog(catalog):
     check(not missing, f"the catalog lacks {', '.join(missing)}")
     for key, form in CATALOG.items():
         value = catalog[key]
+        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
         rows = catalog["n_items"] + 1 if "N+1" in form else None
         fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
         check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")

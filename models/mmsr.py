@@ -718,7 +718,7 @@ class MMSR(nn.Module):
         self.fusion = None
         self.item = None
         if cfg.item_encoder == "id":
-            self.item = nn.Embedding(self.n_items + 1, cfg.dim, padding_idx=0)
+            self.item = nn.Embedding(self.n_items + 1, cfg.dim)
         else:
             self.add_towers(catalog)
         self.start_weights()
@@ -892,6 +892,7 @@ def check_catalog(catalog):
     check(not missing, f"the catalog lacks {', '.join(missing)}")
     for key, form in CATALOG.items():
         value = catalog[key]
+        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
         rows = catalog["n_items"] + 1 if "N+1" in form else None
         fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
         check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")

@@ -416,7 +416,7 @@ class MSM4SR(nn.Module):
             self.W = None                                 # eq. (6) belongs to pre-training
         self.scored = tuple(STACKS) if cfg.modality == "both" else (cfg.modality,)
         if cfg.use_id:
-            self.item = nn.Embedding(catalog["n_items"] + 1, cfg.dim, padding_idx=0)    # E
+            self.item = nn.Embedding(catalog["n_items"] + 1, cfg.dim)    # E; row 0 is padding
             nn.init.normal_(self.item.weight, std=0.02)
             with torch.no_grad():
                 self.item.weight[0] = 0    # padding
@@ -559,6 +559,7 @@ def check_catalog(catalog):
     check(not missing, f"the catalog lacks {', '.join(missing)}")
     for key, form in CATALOG.items():
         value = catalog[key]
+        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
         rows = catalog["n_items"] + 1 if "N+1" in form else None
         fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
         check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")

@@ -163,7 +163,7 @@ def test_both_towers_and_both_stages_are_one_set_of_parameters():
     assert {name for name, _ in make("Pretrain").named_parameters()} == shared | own
     seq = make_batch()["seq"]
     table = model.encode_items()
-    sequence = model.next(seq, table)[:, 0].sum()
+    sequence = model.last_state(seq, table)[:, 0].sum()
     item = table["item"][:, 0].sum()
     for name, weight in model.encoder.named_parameters():
         if weight.dim() > 1:    # each weight moves both
@@ -463,7 +463,7 @@ def test_a_new_model_hears_the_order_of_a_history():
     seq = torch.randint(1, N + 1, (64, 8))
     other = torch.cat([seq[:, :-1], seq[:, -1:] % N + 1], 1)
     h, turned, changed = (
-        F.normalize(model.next(s, table), dim=-1) for s in (seq, seq.flip(1), other)
+        F.normalize(model.last_state(s, table), dim=-1) for s in (seq, seq.flip(1), other)
     )
     assert (turned - h).norm() > .1 * (changed - h).norm()
 
