@@ -188,8 +188,8 @@ def train_and_test(job, stages, weights, seed, folder) -> dict:
 def train(job, stages, weights, seed, folder):
     """All stages of one seed, continued where an interrupted run stopped.
 
-    weights: of --init, or None. Returns the model with its best weights, and the Progress of the
-    last stage.
+    weights: what the next stage starts from; at first those of --init, or None. Returns the model
+    with its best weights, and the Progress of the last stage.
     """
     saved = runs.saved_state(folder)
     for stage in stages:
@@ -208,7 +208,7 @@ def train(job, stages, weights, seed, folder):
         if not stage.validates:    # the last epoch's weights are the result
             weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
             save_tensors(path, weights)
-    runs.load_weights(model, path)
+    runs.load_weights(model, folder / stages[-1].weights)    # of the best epoch
     return model, progress
 
 
@@ -253,10 +253,10 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
         line["seconds"] = time.perf_counter() - begin
         progress.epoch = epoch
         if stage.validates:
-            line |= validate(job, model, progress, folder)
+            line |= validate(job, model, progress, folder / stage.weights)
         progress.seconds += time.perf_counter() - begin
         runs.append_log(folder, line)
-        runs.save_state(folder, model, optimizer, progress)
+        runs.save_state(folder, model, optimizer, progress)    # last: a kill before it repeats all
         print(shown(line, progress), flush=True)
     return progress
 
@@ -267,15 +267,16 @@ def is_over(stage, progress) -> bool:
     return stage.validates and progress.epoch - progress.best_epoch >= stage.patience
 
 
-def validate(job, model, progress, folder) -> dict:
-    """The validation metrics of an epoch; its weights are kept if it is the best so far."""
+def validate(job, model, progress, path) -> dict:
+    """The validation metrics of an epoch. If it is the best so far, that goes into the progress and
+    its weights into the file path."""
     valid = evaluate.evaluate(model, job.dataset, job.cfg, "valid", job.device)
     line = {"valid": evaluate.numbers_of(valid), "valid_masked": valid["masked"]}
     line["selected_by"] = line["valid_masked" if job.args.mask_history else "valid"][SELECT]
     if line["selected_by"] > progress.best:
         progress.best = line["selected_by"]
         progress.best_epoch = progress.epoch
-        save_tensors(folder / "model.safetensors", model.state_dict())
+        save_tensors(path, model.state_dict())
     return line
 
 

@@ -5,8 +5,9 @@
 metrics.json and report.html.
 
 Resuming: each epoch draws its random numbers from (seed, stage, epoch) alone, so there is no
-generator state to restore. state.safetensors, written after every epoch, has the weights, the
-optimiser and the Progress; the log is cut back to it, and `train_stage` goes on from there.
+generator state to restore. state.safetensors has the weights, the optimiser and the Progress. It
+is written last in every epoch, after model.safetensors and the line of the log, so that its
+Progress knows the epoch's validation. The log is cut back to it, and `train_stage` goes on there.
 """
 import dataclasses
 import json
@@ -145,14 +146,14 @@ def seed_everything(*numbers):
 class Progress:
     """How far a stage has come."""
     stage: str
-    epoch: int = 0            # the last one that is finished
-    best: float = -1.0        # validation metric ...
-    best_epoch: int = 0       # ... and its epoch
+    epoch: int = 0            # the last one that is trained and validated
+    best: float = -1.0        # the best "selected_by" of the log so far
+    best_epoch: int = 0       # the epoch that had it
     seconds: float = 0.0
 
-    def is_before(self, stage, epoch=0) -> bool:
-        """Whether this is earlier than an epoch of a stage."""
-        return (STAGES.index(self.stage), self.epoch) < (STAGES.index(stage), epoch)
+    def includes(self, stage, epoch) -> bool:
+        """Whether that epoch of that stage is done."""
+        return (STAGES.index(stage), epoch) <= (STAGES.index(self.stage), self.epoch)
 
 
 @dataclass
@@ -211,7 +212,7 @@ def cut_log(path, saved):
                 row = json.loads(line)
             except ValueError:    # the line that was being written when the run was killed
                 break
-            if not saved.progress.is_before(row["stage"], row["epoch"]):
+            if saved.progress.includes(row["stage"], row["epoch"]):
                 kept.append(line + "\n")
     with atomic(path) as file:
         file.writelines(kept)

@@ -65,12 +65,19 @@ def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
     check(not missing, f"the catalog lacks {', '.join(missing)}")
+    N = catalog["n_items"]
     for key, form in CATALOG.items():
         value = catalog[key]
-        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
-        rows = catalog["n_items"] + 1 if "N+1" in form else None
-        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
-        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+        got = type(value).__name__
+        fits = True
+        if "(N+1" in form:    # a tensor with as many axes as the form names
+            axes = form[:form.index(")")].removesuffix(",").count(",") + 1
+            fits = torch.is_tensor(value) and value.dim() == axes and len(value) == N + 1
+            got += f" {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        elif "list" in form:
+            fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
+            got += f" of {len(value)}" if hasattr(value, "__len__") else ""
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
 
 
 if __name__ == "__main__":    # a check that this file works where it was copied to

@@ -19,34 +19,42 @@ equations 6 to 9 are metrics and not here):
  1. eqs. 1-2: vectors of any encoder (a video: the mean of its frames). f_NN is Linear and
     LayerNorm, on standardised vectors, or their common mean drowns what tells them apart.
  2. the Transformer reads LayerNorm(feature + modality + position). Positions start as loud as the
-    features: at the usual 0.02 the sum drowns them, and the model cannot hear the order. Modality
-    vectors start at 0.02.
- 3. one learned [mask] stands for a missing modality, and for both of a masked item; it attends and
-    stays in the maximum. drop_missing leaves it out of both, as the ancestor MMSRec does.
- 4. eq. 3a: h^i, h^s after a Linear and a LayerNorm each; length 1 where similarities are taken.
+    features: at the usual 0.02 they vanish in the sum, and the model cannot hear the order. [mask]
+    and the modality vectors start at 0.02.
+ 3. one learned [mask] stands for a missing modality, and for each modality of a masked item; it is
+    attended to and takes part in the maximum. With drop_missing a missing modality does neither, as
+    in this paper's ancestor MMSRec (Song et al. 2023, arXiv:2304.13277); an item with none has all.
+ 4. eq. 3a: h^i, h^s after a Linear and a LayerNorm each; norm 1 where similarities are taken.
  5. blocks: LayerNorm after the residual sums, GELU, inner width 2 dim, a last LayerNorm.
  6. eq. 3b: L_I, L_S, L_I-S are InfoNCE between two passes with different dropout, of items that
     have the whole group; weights 1. A third modality adds its groups, and its pairs to PWC and PWM.
- 7. eq. 4: as printed its minus signs cancel, so it would be maximised, and its denominators sum
-    true pairs alone. Taken: symmetric InfoNCE, each picture against all texts and each text against
-    all pictures of the batch, a mean over the items that have both.
+ 7. eq. 4: as printed its minus signs cancel, so training would push true pairs apart, and its
+    denominators sum true pairs alone. Taken: symmetric InfoNCE, each picture against all texts and
+    each text against all pictures of the batch, a mean over the items that have both.
  8. eq. 4: its tau multiplies, as printed: the exponential of a learned number, from 1 / 0.07, at
     most 100. The losses of reading 6 use the same.
- 9. eq. 5 with its minus sign: each true pair, its picture with a wrong text, its text with a wrong
-    picture, drawn from the batch by similarity; p = sigmoid of a linear map of the pair's joint h.
+ 9. eq. 5 with the minus sign that is lost in print: each true pair, its picture with a wrong text,
+    its text with a wrong picture, drawn from the batch by similarity (in testing the most similar);
+    p = sigmoid of a linear map of the pair's joint h.
 10. i_j and s_j of eq. 4 are h of the item with its other modality replaced by [mask].
 11. pre-training on the catalog's own items, a stage of its own; positions are new after it.
-12. both towers are one set of weights; a sequence is L x M tokens, seen both ways. Positions are
-    counted from the end, so that the [mask] slot is always the same; the item tower has none.
-13. 20 % of the inner places, of these 80 / 10 / 10 %; the last is always [mask] and predicted.
-14. the last place of a row is its target, and the loop makes a row per prefix of a sequence.
-    prefixes false: a row per user, so inner places are the only other examples.
+12. both towers are one set of weights. A history of L items is (L + 1) M tokens, [mask] last, M
+    modalities each, which all see each other. Positions are counted from the end, so that [mask]
+    always has the same; the item tower has none.
+13. inner places are those of the history. 20 % of them are chosen, and read as [mask] (80 % of
+    these), as a random item (10 %) or as they are (10 %). The place after them is always [mask].
+14. the place after the history predicts the last target of a row. The training loop, which is not
+    in this file, makes a row per prefix of a sequence. prefixes false: a row per user, so that
+    inner places are the only other examples.
 15. the paper gives neither similarity nor loss of the recommendation. Taken: cosine / tau, cross
     entropy over all items, item tower with gradient in every step, mean over masked places.
 16. Table 2 is no target: with one test item NDCG@10 - NDCG@5 is at most (HR@10 - HR@5) / log2(7),
     which every method exceeds on every reported data set. Compare the variants of section 4.6.
 
 Reads from the catalog: n_items, text, image, has_text, has_image (their forms: CATALOG below).
+A batch: "seq" and "target" (B, L), item ids, the newest last, padded with 0 on the left; the last
+column of target is what is predicted. score reads "seq" alone; it ranks the history's items as
+well, and its column 0 is padding's. state_dict has weights only: rebuild with the same catalog.
 """
 import math
 import time
@@ -78,12 +86,13 @@ class FMMSRecConfig:
     layers: int = 2
     dropout: float = 0.5                 # in the blocks; not in the paper; MMSRec's
     input_dropout: float = 0.2           # of the sum of embeddings; not in the paper; MMSRec's
-    max_len: int = 20                    # N = 20 for Amazon, 100 for Meituan (section 4.4)
+    max_len: int = 20                    # its N: 20 for Amazon, 100 for Meituan (section 4.4)
     mask_ratio: float = 0.2              # "the masking rate ... is set at 0.2" (section 4.4)
-    tau: float = 0.05                    # temperature of the ranking; not in the paper; MMSRec's
+    tau: float = 0.05                    # divides cosines (reading 15); not in the paper; MMSRec's
     use_image: bool = True               # false: w/o V, ablation of section 4.6
     use_text: bool = True                # false: w/o S, ablation of section 4.6
     drop_missing: bool = False           # true: no [mask] for a missing modality (reading 3)
+    # the recipe, for the training loop
     optimizer: Literal["adam", "adamw"] = "adam"    # section 4.4
     schedule: Literal["constant", "step", "linear", "cosine"] = "constant"    # of the learning rate
     lr: float = 1e-3                     # "a learning rate of 0.001" (section 4.4)
@@ -93,7 +102,7 @@ class FMMSRecConfig:
     patience: int = 10                   # not in the paper; MMSRec's
     pretrain_epochs: int = 50            # not in the paper; MMSRec's; 0: w/o P
     pretrain_lr: float = 1e-3            # the paper's one rate
-    prefixes: bool = True                # a row per prefix; false: a row per user (reading 14)
+    prefixes: bool = True                # a row per prefix, and one target a row (reading 14)
 
     def __post_init__(self):
         check_recipe(self)
@@ -169,7 +178,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Item encoder and sequence encoder. An item is a sequence of length 1 (reading 12)."""
+    """Item encoder and sequence encoder. An item is a sequence of one place (reading 12)."""
 
     def __init__(self, cfg, catalog):
         super().__init__()
@@ -203,11 +212,8 @@ class Encoder(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def embed(self, ids):
-        """ids (n,) or a slice -> E = f_NN(features) (n, M, D), and which are there (n, M).
-
-        Eqs. (1), (2).
-        """
-        E = [self.f_NN[m](self.features[m][ids]) for m in self.modalities]
+        """ids (n,) or a slice -> E = f_NN(features) (n, M, D), and which are there (n, M)."""
+        E = [self.f_NN[m](self.features[m][ids]) for m in self.modalities]    # eqs. (1), (2)
         return torch.stack(E, 1).to(self.mask.dtype), self.has[ids]
 
     def seen(self, has):
@@ -217,16 +223,16 @@ class Encoder(nn.Module):
         return has | ~has.any(-1, keepdim=True)    # all of an item that has none
 
     def transform(self, E, has, real, position=0.0, last=False):
-        """Contextual tokens: E (B, L, M, D), has (B, L, M), real (B, L) False = padding
-        -> (B, L, M, D).
+        """Contextual tokens of P places, 1 for an item, L + 1 for a history.
 
+        E (B, P, M, D), has (B, P, M), real (B, P) False = padding -> (B, P, M, D)
         last: of the last place only, (B, 1, M, D): in the top layer the others are no queries.
         """
         x = torch.where(has[..., None], E, self.mask)                      # reading 3
         x = x + self.modality + position                                   # reading 2
-        x = self.dropout(self.norm(x)).flatten(1, 2)                       # (B, L M, D)
-        visible = (self.seen(has) & real[..., None]).flatten(1)            # (B, L M)
-        visible = visible[:, None, None]                                   # (B, 1, 1, L M)
+        x = self.dropout(self.norm(x)).flatten(1, 2)                       # (B, P M, D)
+        visible = (self.seen(has) & real[..., None]).flatten(1)            # (B, P M)
+        visible = visible[:, None, None]                                   # (B, 1, 1, P M)
         for number, block in enumerate(self.blocks, 1):
             top = last and number == len(self.blocks)
             x = block(x[:, -self.M:] if top else x, x, visible)
@@ -258,10 +264,11 @@ def info_nce(a, b, real, scale):
     with torch.autocast(a.device.type, enabled=False):
         logits = scale * (F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T)
     itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
-    known = logits.masked_fill(~(real[:, None] & real | itself), -torch.inf)
+    both = real[:, None] & real
+    known = logits.masked_fill(~(both | itself), -torch.inf)    # itself: a softmax needs one finite
     there = known.log_softmax(1).diagonal()                                # each a against all b
     back = known.log_softmax(0).diagonal()                                 # each b against all a
-    loss = -.5 * ((there + back) * real).sum() / real.sum().clamp(min=1)
+    loss = -.5 * ((there + back) * real).sum() / real.sum().clamp(min=1)   # eq. (4)
     return loss, logits
 
 
@@ -290,7 +297,7 @@ class Pretrain(nn.Module):
         M = self.encoder.M
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))   # reading 8
         self.match = nn.Linear(cfg.dim, 1) if M > 1 else None              # p of eq. (5)
-        self.groups = []    # {S}, {I}, {S, I}: numbers of modalities
+        self.groups = []    # G tuples of places in modalities: (0,), (1,), (0, 1)
         for size in range(1, M + 1):
             self.groups += combinations(range(M), size)
         keep = torch.tensor([[i in group for i in range(M)] for group in self.groups])
@@ -309,17 +316,18 @@ class Pretrain(nn.Module):
         kept = (has & self.keep[:, None]).repeat(2, 1, 1)                  # (2 G, B, M): reading 6
         h = encoder.encode(E.repeat(len(kept), 1, 1), kept.flatten(0, 1))  # (2 G B, D): reading 10
         h = h.unflatten(0, (2, len(self.groups), -1))                      # (2, G, B, D)
-        whole = (has | ~self.keep[:, None]).all(-1)                        # (G, B): has all of it
+        whole = (has | ~self.keep[:, None]).all(-1)    # (G, B): has each modality of the group
         losses = {"pwc": 0.0, "pwm": 0.0} if encoder.M > 1 else {}
         for g, group in enumerate(self.groups):
             name = "+".join(encoder.modalities[i] for i in group)
             losses[name], _ = info_nce(h[0, g], h[1, g], whole[g], scale)  # reading 6
             if len(group) == 2:
+                # the first M groups are the modalities, each alone
                 a, b = h[0, group[0]], h[0, group[1]]                      # s_j, i_j: reading 10
                 pwc, logits = info_nce(a, b, whole[g], scale)
-                losses["pwc"] += pwc                                       # eq. (4)
+                losses["pwc"] += pwc                                       # L_PWC of eq. (3c)
                 pwm = self.pwm(E, g, h[0, g], whole[g], logits.detach())
-                losses["pwm"] += pwm                                       # eq. (5)
+                losses["pwm"] += pwm                                       # L_PWM of eq. (3c)
         return losses
 
     def pwm(self, E, g, h, real, logits):
@@ -338,7 +346,7 @@ class Pretrain(nn.Module):
         logit = self.match(torch.cat([h, wrong]))[:, 0].to(h.dtype)        # p = sigmoid(logit)
         B = len(h)
         true, false = logit[:B], logit[B:]               # y = 1, y = 0
-        loss = F.softplus(torch.cat([-true, false]))     # -log p, -log(1 - p)
+        loss = F.softplus(torch.cat([-true, false]))     # eq. (5): -log p, -log(1 - p)
         has_partner = real & (real.sum() > 1)            # a single item finds no wrong one
         counts = torch.cat([real, has_partner, has_partner])
         return (loss * counts).sum() / counts.sum().clamp(min=1)
@@ -354,7 +362,7 @@ def mask_items(seq, n_items, ratio):
     chosen = (torch.rand(seq.shape, device=seq.device) < ratio) & (seq != 0)
     how = torch.rand(seq.shape, device=seq.device)
     random = torch.randint_like(seq, 1, n_items + 1)
-    other = torch.where(how < .9, random, seq)           # 10 % another item, 10 % itself
+    other = torch.where(how < .9, random, seq)           # 10 % a random item, 10 % itself
     instead = torch.where(how < .8, 0, other)            # 80 % [mask]
     return torch.where(chosen, instead, seq), chosen
 
@@ -389,7 +397,7 @@ class FMMSRec(nn.Module):
         self.encoder.load_state_dict(mine)
 
     def encode_items(self):
-        """All items: {"embedding": E (N+1, M, D), "item": h of length 1 (N+1, D)}."""
+        """All items: {"embedding": E (N+1, M, D), "item": h of norm 1 (N+1, D)}."""
         if self.n_items < CHUNK:
             E, h = self.item_tower(slice(None))
         else:    # inner values are computed again in the backward pass
@@ -400,7 +408,7 @@ class FMMSRec(nn.Module):
         return {"embedding": E, "item": h}
 
     def item_tower(self, ids):
-        """ids (n,) or a slice -> E (n, M, D), h of length 1 (n, D)."""
+        """ids (n,) or a slice -> E (n, M, D), h of norm 1 (n, D)."""
         E, has = self.encoder.embed(ids)
         return E, F.normalize(self.encoder.encode(E, has), dim=-1)
 
@@ -409,8 +417,8 @@ class FMMSRec(nn.Module):
 
         read (B, L): the ids that are read in place of seq, 0 = [mask]. Place L+1 is [mask] always.
         """
-        read = F.pad(read, (0, 1))                                         # (B, L+1)
-        real = F.pad(seq != 0, (0, 1), value=True)
+        read = F.pad(read, (0, 1))                                         # (B, L+1), [mask] last
+        real = F.pad(seq != 0, (0, 1), value=True)    # 0 is padding in seq, [mask] in read
         E = F.embedding(read, table["embedding"].flatten(1))
         E = E.unflatten(-1, (self.encoder.M, -1))                          # (B, L+1, M, D)
         has = self.encoder.has[read]                                       # (B, L+1, M)
@@ -419,7 +427,7 @@ class FMMSRec(nn.Module):
         return x, has[:, -1:] if last else has
 
     def state(self, x, has):
-        """Tokens of a place (n, M, D), has (n, M) -> h / tau, h of length 1 (n, D): reading 15."""
+        """Tokens of a place (n, M, D), has (n, M) -> h / tau, h of norm 1 (n, D): reading 15."""
         return F.normalize(self.encoder.pool(x, has), dim=-1) / self.cfg.tau
 
     def last_state(self, seq, table):
@@ -431,8 +439,7 @@ class FMMSRec(nn.Module):
         """The cross entropy at the last place, "next_item", and at inner places, "masked_item".
 
         Inner places are masked in training only. The sum of both is the mean over all masked
-        places (reading 15). Reads "seq" and "target", (B, L), of a batch; of the targets the last
-        (reading 14).
+        places (reading 15). Of "target" only the last column is read (reading 14).
         """
         seq = batch["seq"][:, -self.cfg.max_len:]
         target = batch["target"][:, -1]
@@ -458,10 +465,10 @@ class FMMSRec(nn.Module):
         }
 
     def inner_places(self, chosen):
-        """Places of the flattened batch, (R,), the chosen (B, L) first. R depends on B L alone.
+        """Indices (R,) into the flattened places of a batch, those chosen (B, L) first.
 
-        To count the chosen would make a GPU wait. R is their expected number and 6 standard
-        deviations more; what is left of it holds places that are not chosen and count nothing.
+        R does not depend on how many are chosen: to count them would make a GPU wait. It is their
+        expected number and 6 standard deviations more; the rest of the R count nothing.
         """
         n, p = chosen.numel(), self.cfg.mask_ratio
         room = math.ceil(n * p + 6 * math.sqrt(n * p * (1 - p)))
@@ -545,12 +552,19 @@ def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
     check(not missing, f"the catalog lacks {', '.join(missing)}")
+    N = catalog["n_items"]
     for key, form in CATALOG.items():
         value = catalog[key]
-        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
-        rows = catalog["n_items"] + 1 if "N+1" in form else None
-        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
-        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+        got = type(value).__name__
+        fits = True
+        if "(N+1" in form:    # a tensor with as many axes as the form names
+            axes = form[:form.index(")")].removesuffix(",").count(",") + 1
+            fits = torch.is_tensor(value) and value.dim() == axes and len(value) == N + 1
+            got += f" {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        elif "list" in form:
+            fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
+            got += f" of {len(value)}" if hasattr(value, "__len__") else ""
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
 
 
 class Buffers(nn.Module):

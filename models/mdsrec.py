@@ -17,34 +17,46 @@ Transformer over the user's sequence, and learned interest centres attend to the
 Readings, where the paper is silent, misprinted or contradicts itself:
  1. eqs. 1-2: pairs of places with different items, in both directions, among the last max_len
     items of each training sequence.
- 2. eq. 3: rows of O sum to 1 and features have length 1: raw counts would drown the features even
+ 2. eq. 3: rows of O sum to 1 and features have norm 1: raw counts would drown the features even
     at mu^m = 0.2. mu^id = 16 is the paper's, so there the neighbours outweigh the item.
  3. made once: O, eq. 3 of the features, 4, 5, 10. In every step, with gradient: eq. 3 of the ids,
     6 and 11.
- 4. eqs. 5-6: an item is its own first neighbour, and repeats itself where candidates run out;
-    Ehat^m is a mean over the neighbours; H = 0, like 1, is the item itself.
+ 4. eq. 5: an item is its own first neighbour (its cosine is 1); where candidates are too few, the
+    rest of its list is the item itself. Eq. 6 as printed is a sum; taken is the mean over the
+    neighbours. H = 0 is as H = 1: the item alone.
  5. Ebar^id is for eq. 7 alone: eqs. 6 and 20 have E^id, as printed.
- 6. eqs. 7-9: three encoders, one position table, counted from the end (rows are padded on the
-    left). LayerNorm and dropout after item + position; causal; LayerNorm after each residual.
- 7. eq. 10: hard clusters of features of length 1; a row of C^m is divided by the cluster's size, so
+ 6. eqs. 7-9: three encoders, but one position table, counted from the end (rows are padded on the
+    left), and one LayerNorm of item + position, then dropout. Causal; LayerNorm after residuals.
+ 7. eq. 10: hard clusters of features of norm 1; a row of C^m is divided by the cluster's size, so
     centres are means. The centre of an empty cluster is 0.
- 8. eqs. 12-15: the centres pass the very block of the sequence, with its residuals, LayerNorm and
-    GELU: as printed, two linear maps in a row are one. Heads have width D / heads and scale by its
-    root. The centres enter without the LayerNorm of reading 6, hence small, and end nearly equal.
+ 8. eqs. 12-15: the paper shares Q, K and V with the sequence; here the whole block is shared, U,
+    W_1, W_2, residuals and LayerNorm too. sigma is GELU, between W_1 and W_2: as printed, two
+    linear maps in a row are one. Heads have width D / heads and divide by its root. The centres
+    start small (weights start at 0.02) and skip the LayerNorm of reading 6, so what they read
+    outweighs what they are, and they end nearly equal.
  9. eqs. 12-16: the centres read the whole input. So a row has one target, its last: in the middle
-    of a row they would have read the answer. The loop makes a row per prefix of a sequence.
-10. rho_v + rho_t = 1, 0.5 each, and tau = 0.2; neither is given.
-11. eq. 19: the printed noise log(delta) - log(1 - delta) is logistic; taken is Gumbel noise, as the
+    of a row they would have read the answer. The training loop, which is not in this file, makes a
+    row per prefix of a sequence.
+10. rho_v = rho_t = 0.5 (the paper gives their sum alone, 1), and tau = 0.2 (not given).
+11. eq. 19: the printed noise log(delta) - log(1 - delta) is logistic; Gumbel noise is taken, as the
     text says. None in testing.
-12. eqs. 20-24: raw dot products; the softmax is inside each cross entropy; 1/|U| is over the sum.
-13. layers, heads, inner width and dropout are not given: MISSRec's. 50 items are read everywhere;
-    the longest histories of Baby, Sports and Clothing have 124, 295 and 135.
+12. eqs. 20-24: raw dot products; the softmax is inside each cross entropy. 1/|U| sum_u covers L^s
+    and L^m alike, and is a mean over the rows of a batch.
+13. layers, heads, inner width and dropout are not given: those of MISSRec (Wang et al. 2023).
+    50 items are read everywhere; the longest histories of Baby, Sports and Clothing have 124, 295
+    and 135.
 14. w/o DIS: every pair counts 1. w/o CRE: the modal graphs are made of E^m; Ebar^id stays
     (mu_id = 0 is without that as well). w/o ICA: etilde^m = e^m_t.
-15. w/o MRGC makes Ehat^m a trained linear map of E^m.
-16. an item without a modality has what co-occurrence gives it (eq. 3), else itself as neighbour.
+15. w/o MRGC makes Ehat^m a trained linear map of E^m, whose width is not D; Ebar^id stays.
+16. an item without features of a modality has what co-occurrence gives it (eq. 3); if it has none
+    there either, it is its own only neighbour. It is in no cluster.
+Letters: in shapes L is the length of a row, D is dim, D_m the width of features; elsewhere L is a
+loss and D_ij a distance; t in e_t is the last place, else text; k is the number of centres.
 
 Reads from the catalog: n_items, text, image, train_seqs (their forms: CATALOG below).
+A batch: "seq" and "target" (B, L), item ids, the newest last, padded with 0 on the left; the last
+column of target is what is predicted. score reads "seq" alone; it ranks the history's items as
+well, and its column 0 is padding's. state_dict has weights only: rebuild with the same catalog.
 """
 import math
 import time
@@ -57,8 +69,8 @@ from torch import nn
 
 CATALOG = {
     "n_items": "int N; item ids are 1..N, 0 is padding",
-    "text": "float (N+1, D), row 0 zero, a zero row = no text",
-    "image": "float (N+1, D), row 0 zero, a zero row = no picture",
+    "text": "float (N+1, D_m), row 0 zero, a zero row = no text",
+    "image": "float (N+1, D_m), row 0 zero, a zero row = no picture",
     "train_seqs": "one list of item ids per user, training part only",
 }
 READS = ("text", "image", "train_seqs")
@@ -69,7 +81,7 @@ MODALITIES = ("text", "image")
 class MDSRecConfig:
     dim: int = 300                       # "fixed embedding size 300"
     heads: int = 4                       # not in the paper; MISSRec's (reading 13)
-    layers: int = 2                      # L, of each encoder; not in the paper; MISSRec's
+    layers: int = 2                      # the paper's L, of each encoder; not given; MISSRec's
     inner: int = 256                     # width of the feed-forward; not in the paper; MISSRec's
     dropout: float = 0.5                 # not in the paper; MISSRec's
     max_len: int = 50                    # items of the history that are read (reading 13)
@@ -83,13 +95,14 @@ class MDSRecConfig:
     use_cre: bool = True                 # w/o CRE, Table 3: modal graphs from the raw features
     use_mrgc: bool = True                # w/o MRGC, Table 3: a linear map in the graphs' place
     use_ica: bool = True                 # w/o ICA, Table 3: no interest centres
+    # the recipe, for the training loop
     optimizer: Literal["adam", "adamw"] = "adam"    # Adam (Parameter Settings)
     lr: float = 1e-3                     # searched in 1e-4 ... 1e-1 (Parameter Settings)
     weight_decay: float = 0.0
     batch_size: int = 512                # "mini-batch size 512"
     epochs: int = 200                    # at most; not in the paper
     patience: int = 10                   # "a patience of 10"
-    prefixes: bool = True                # a row, with one target, per prefix (reading 9)
+    prefixes: bool = True                # a row per prefix; false: one target a user (reading 9)
 
     def __post_init__(self):
         check_recipe(self)
@@ -109,7 +122,7 @@ PRESETS = {
     "sports": dict(neighbors=20, centers=32),
     "clothing": dict(neighbors=15, centers=64),
     "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, dropout=0.3, lr=2e-3),
-    # long histories: a row per prefix is slow
+    # long histories, where a row per prefix is slow: one target a user
     "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False),
     "demo": dict(centers=4, dim=64, inner=128, lr=3e-3, epochs=20),
 }
@@ -125,6 +138,7 @@ def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
     each row of O is divided by its sum (reading 2).
     """
     seqs = [seq[-max_len:] for seq in train_seqs]                      # reading 1
+    # all sequences end to end; user[n] is whose the n-th item is
     items = torch.tensor([item for seq in seqs for item in seq], dtype=torch.long)
     lengths = torch.tensor([len(seq) for seq in seqs], dtype=torch.long)
     user = torch.arange(len(seqs)).repeat_interleave(lengths)
@@ -132,19 +146,19 @@ def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
     scores = [torch.zeros(0)]                                          # (n,) each: 1 / D_ij
     for distance in range(1, max(map(len, seqs), default=1)):          # D_ij
         i, j = items[:-distance], items[distance:]
-        counts = (user[:-distance] == user[distance:]) & (i != j)      # reading 1
+        counts = (user[:-distance] == user[distance:]) & (i != j)      # of one user, two items
         score = 1 / distance if use_dis else 1.0                       # eq. (1)
         pairs.append(torch.stack([i, j])[:, counts])
         scores.append(torch.full((int(counts.sum()),), score))
     pairs = torch.cat(pairs, 1)
     i, j = torch.cat([pairs, pairs.flip(0)], 1)                        # D_ij = D_ji: both ways
     scores = torch.cat(scores).repeat(2)
-    cell, where = torch.unique(i * (n_items + 1) + j, return_inverse=True)    # cells of O that fill
-    O = torch.zeros(len(cell)).index_add_(0, where, scores)            # eq. (2): sum over users
+    cell, where = torch.unique(i * (n_items + 1) + j, return_inverse=True)    # the cells not empty
+    O_ij = torch.zeros(len(cell)).index_add_(0, where, scores)         # eq. (2): sum over users
     i, j = cell // (n_items + 1), cell % (n_items + 1)
-    row_sum = torch.zeros(n_items + 1).index_add_(0, i, O)
-    by_row = O / row_sum[i]
-    by_column = O / row_sum[j]    # O is symmetric, so this is the transpose of the other
+    row_sum = torch.zeros(n_items + 1).index_add_(0, i, O_ij)
+    by_row = O_ij / row_sum[i]       # O of eq. (3): reading 2
+    by_column = O_ij / row_sum[j]    # its transpose, as O_ij = O_ji
     shape = (n_items + 1, n_items + 1)
     with torch.sparse.check_sparse_tensor_invariants(enable=True):
         index = torch.stack([i, j])
@@ -176,7 +190,7 @@ class Mix(torch.autograd.Function):
 # ---------------- graphs and clusters, eqs. (4), (5), (10)
 
 def nearest(features, count):
-    """The `count` items of greatest cosine, the item itself first: (N+1, D) -> (N+1, count) ids.
+    """The `count` items of greatest cosine, the item itself first: (N+1, D_m) -> (N+1, count) ids.
 
     A_ij = cos(Ebar_i, Ebar_j), eq. (4); Ahat_ij = 1 for the top H of row i, else 0, eq. (5). The
     ids returned are the j with Ahat_ij = 1.
@@ -197,7 +211,7 @@ def nearest(features, count):
 
 
 def k_means(features, k, steps=50, seed=0):
-    """C of eq. (10): (N+1, D) -> (k, N+1); row c is 1 / size at the members of cluster c.
+    """C of eq. (10): (N+1, D_m) -> (k, N+1); row c is 1 / size at the members of cluster c.
 
     Items without a feature belong to no cluster. Where there are fewer different items than k,
     clusters are empty: rows of 0 (reading 7).
@@ -207,7 +221,7 @@ def k_means(features, k, steps=50, seed=0):
     C = torch.zeros(k, len(features))
     if len(member) == 0:
         return C
-    x = features[member]                                    # (n, D)
+    x = features[member]                                    # (n, D_m)
     centers = x[torch.randint(len(x), (1,), generator=random)]
     while len(centers) < min(k, len(x)):                    # k-means++: far points are likelier
         far = torch.cdist(x, centers).amin(1).square()
@@ -239,8 +253,8 @@ class Block(nn.Module):
         self.key = nn.Linear(cfg.dim, cfg.dim)      # K
         self.value = nn.Linear(cfg.dim, cfg.dim)    # V
         self.out = nn.Linear(cfg.dim, cfg.dim)      # U
-        self.inner = nn.Linear(cfg.dim, cfg.inner)
-        self.outer = nn.Linear(cfg.inner, cfg.dim)
+        self.inner = nn.Linear(cfg.dim, cfg.inner)  # W_1, b_1
+        self.outer = nn.Linear(cfg.inner, cfg.dim)  # W_2, b_2
         self.norm1 = nn.LayerNorm(cfg.dim)
         self.norm2 = nn.LayerNorm(cfg.dim)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -252,18 +266,18 @@ class Block(nn.Module):
     def attend(self, x, keys, mask):
         """head_h = softmax(x Q_h (keys K_h)^T / sqrt(D / heads)) keys V_h, eqs. (12), (13).
 
-        The heads side by side, times U: eq. (14).
-        x (B, T, D), keys (B, L, D), mask (B, 1, T, L) True = may look -> g (B, T, D)
+        The heads side by side, times U: g of eq. (14).
+        x (B, n, D), keys (B, L, D), mask (B, 1, n, L) True = may look -> (B, n, D)
         """
         q = self.split(self.query(x))
         k = self.split(self.key(keys))
         v = self.split(self.value(keys))
         p = self.attention_dropout if self.training else 0.0
-        head = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+        head = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p) # eqs. (12), (13)
         return self.out(head.transpose(1, 2).flatten(2))                  # eq. (14)
 
     def forward(self, x, keys, mask):
-        x = self.norm1(x + self.dropout(self.attend(x, keys, mask)))      # reading 8
+        x = self.norm1(x + self.dropout(self.attend(x, keys, mask)))      # readings 6, 8
         feed_forward = self.outer(F.gelu(self.inner(x)))                  # eq. (15), reading 8
         return self.norm2(x + self.dropout(feed_forward))
 
@@ -281,14 +295,14 @@ class MDSRec(nn.Module):
         N = catalog["n_items"]
         self.item = nn.Embedding(N + 1, cfg.dim)                          # E^id; row 0 is padding
         self.position = nn.Parameter(torch.empty(cfg.max_len, cfg.dim))   # P
-        self.norm = nn.LayerNorm(cfg.dim)
+        self.norm = nn.LayerNorm(cfg.dim)                                 # of item + position
         self.dropout = nn.Dropout(cfg.dropout)
         self.encoders = nn.ModuleDict()
         for name in ("id", *MODALITIES):                                  # reading 6
             self.encoders[name] = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.graphs = Buffers()      # Ahat^m (N+1, H): ids of the neighbours
         self.clusters = Buffers()    # C^m (k, N+1)
-        self.features = Buffers()    # E^m (N+1, D), where they are read in every step
+        self.features = Buffers()    # E^m (N+1, D_m), where they are read in every step
         self.maps = nn.ModuleDict()  # w/o MRGC
         O, O_T = co_occurrence(catalog["train_seqs"], N, cfg.max_len, cfg.use_dis)
         self.register_buffer("O", O, persistent=False)
@@ -309,7 +323,7 @@ class MDSRec(nn.Module):
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
         with torch.no_grad():
-            self.item.weight[0] = 0    # padding
+            self.item.weight[0] = 0    # padding; only an empty history would train it
 
     def encode_items(self):
         """{"item": E^id, "id": Ebar^id, "text": Ehat^t, "image": Ehat^v}, each (N+1, D).
@@ -327,26 +341,27 @@ class MDSRec(nn.Module):
         return table
 
     def encode(self, name, seq, items, E_hat_c=None):
-        """One modality's Transformer over seq (B, L); items: its table (N+1, D).
+        """The Transformer `name`, "id" or a modality, over seq (B, L); items: its table (N+1, D).
 
-        E_hat_c: the interest centres (k, D) of eq. (11), or None. Returns e_t (B, D), the state
-        after the last item, and E_c (B, k, D), what the user made of the centres, eq. (16).
+        E_hat_c: the interest centres (k, D) of eq. (11), or None. Returns e_t (B, D), the state at
+        the last place, and E_c (B, k, D), the centres after the last layer, which differ from user
+        to user, eq. (16); None without centres.
         """
         B, L = seq.shape
         x = F.embedding(seq, items) + self.position[-L:]                            # eqs. (7), (9)
         x = self.dropout(self.norm(x))                                              # (B, L, D)
         last = torch.arange(L, device=seq.device) == L - 1
-        real = (seq != 0) | last    # an empty history reads its last place, or softmax had no key
+        real = (seq != 0) | last    # an empty history looks at its last place: softmax needs a key
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
-        itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # padding sees itself, too
-        mask = (causal & real[:, None] | itself)[:, None]                           # (B, 1, L, L)
+        itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # all that padding may look at
+        mask = ((causal & real[:, None]) | itself)[:, None]                         # (B, 1, L, L)
         E_c = None
         if E_hat_c is not None:
             E_c = E_hat_c.expand(B, -1, -1)                                         # (B, k, D)
         for number, block in enumerate(self.encoders[name], 1):
             # of the top layer only the last place is read, so only that is computed
             top = slice(-1, None) if number == self.cfg.layers else slice(None)
-            if E_c is not None:
+            if E_c is not None:    # before x changes: eq. (12) reads layer l - 1
                 whole = real[:, None, None]                                         # reading 9
                 E_c = block(E_c, x, whole)                                          # eqs. (12)-(15)
             x = block(x[:, top], x, mask[:, :, top])                                # eqs. (8), (9)
@@ -361,7 +376,7 @@ class MDSRec(nn.Module):
         if self.training:
             gamma = F.gumbel_softmax(logits, self.cfg.tau)                # eq. (19), reading 11
         else:
-            gamma = (logits / self.cfg.tau).softmax(-1)                   # eq. (19)
+            gamma = (logits / self.cfg.tau).softmax(-1)                   # the same without noise
         return e + torch.einsum("bk,bkd->bd", gamma, E_c)                 # eq. (18)
 
     def states(self, seq, table):
@@ -382,7 +397,7 @@ class MDSRec(nn.Module):
     def forward(self, batch):
         """The terms of L = L_s + sum_m rho_m L_m, eq. (23): {"next_item": L_s, m: rho_m L_m}.
 
-        Reads "seq" and "target", (B, L), of a batch; of the targets the last (reading 9).
+        The training loop adds them up. Of "target" only the last column is read (reading 9).
         """
         seq = batch["seq"][:, -self.cfg.max_len:]
         target = batch["target"][:, -1]
@@ -395,7 +410,10 @@ class MDSRec(nn.Module):
         return losses
 
     def score(self, batch, table):
-        """y = e^s . E^id + sum_m rho_m etilde^m . Ehat^m, eqs. (20) to (22): scores (B, N+1)."""
+        """y = e^s . E^id + sum_m rho_m etilde^m . Ehat^m, eqs. (20) to (22): scores (B, N+1).
+
+        Column 0 is padding's and means nothing.
+        """
         seq = batch["seq"][:, -self.cfg.max_len:]
         e_s, e_tilde = self.states(seq, table)
         scores = e_s @ table["item"].T                                    # eq. (20)
@@ -476,12 +494,19 @@ def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
     check(not missing, f"the catalog lacks {', '.join(missing)}")
+    N = catalog["n_items"]
     for key, form in CATALOG.items():
         value = catalog[key]
-        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
-        rows = catalog["n_items"] + 1 if "N+1" in form else None
-        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
-        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+        got = type(value).__name__
+        fits = True
+        if "(N+1" in form:    # a tensor with as many axes as the form names
+            axes = form[:form.index(")")].removesuffix(",").count(",") + 1
+            fits = torch.is_tensor(value) and value.dim() == axes and len(value) == N + 1
+            got += f" {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        elif "list" in form:
+            fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
+            got += f" of {len(value)}" if hasattr(value, "__len__") else ""
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
 
 
 class Buffers(nn.Module):

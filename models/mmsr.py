@@ -36,6 +36,9 @@ Vision-language models: CLIP (as both encoders, `--fusion concat`) and FLAVA wit
 VisualBERT, whose one stream has no boundary where a text or a picture alone could be cached.
 
 Reads from the catalog: n_items, titles, image_paths, train_seqs (their forms: CATALOG below).
+A batch: "seq" and "target" (B, L), item ids, the newest last, padded with 0 on the left; target is
+the item after each place, 0 = none. score reads "seq" alone; it ranks the history's items as well,
+and its column 0 is padding's. state_dict has weights only: rebuild with the same catalog.
 """
 import hashlib
 import math
@@ -85,6 +88,7 @@ class MMSRConfig:
     layers: int = 0    # of the user encoder; 0: 2 for SASRec, 4 for GRU, 2 for NextItNet
     dropout: float = 0.1                 # section 4.2: from .1, .3, .5
     max_len: int = 20                    # appendix C
+    # the recipe, for the training loop
     optimizer: Literal["adam", "adamw"] = "adamw"    # section 4.2
     schedule: Literal["constant", "step", "linear", "cosine"] = "step"    # reading 10
     lr: float = 1e-4                     # section 4.2
@@ -94,7 +98,7 @@ class MMSRConfig:
     batch_size: int = 64                 # section 4.2: from 64, 128, 256
     epochs: int = 150                    # section 4.2
     patience: int = 10                   # ours
-    prefixes: bool = False               # dense next-item prediction, appendix B
+    prefixes: bool = False               # true: a row per prefix, and one target a row (appendix B)
 
     def __post_init__(self):
         for name in ("merge_layers", "dim", "heads", "max_len", "batch_size", "epochs", "patience"):
@@ -654,7 +658,7 @@ class SASRec(nn.Module):
         x = self.dropout(self.norm(x + self.position[-L:]))
         causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
         itself = torch.eye(L, dtype=torch.bool, device=x.device)    # padding must see something
-        hide = ~(causal & real[:, None] | itself)                          # (B, L, L)
+        hide = ~((causal & real[:, None]) | itself)                        # (B, L, L)
         hide = hide.repeat_interleave(self.heads, 0)                       # (B heads, L, L)
         for block in self.blocks:
             x = block(x, hide)
@@ -890,12 +894,19 @@ def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
     check(not missing, f"the catalog lacks {', '.join(missing)}")
+    N = catalog["n_items"]
     for key, form in CATALOG.items():
         value = catalog[key]
-        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
-        rows = catalog["n_items"] + 1 if "N+1" in form else None
-        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
-        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+        got = type(value).__name__
+        fits = True
+        if "(N+1" in form:    # a tensor with as many axes as the form names
+            axes = form[:form.index(")")].removesuffix(",").count(",") + 1
+            fits = torch.is_tensor(value) and value.dim() == axes and len(value) == N + 1
+            got += f" {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        elif "list" in form:
+            fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
+            got += f" of {len(value)}" if hasattr(value, "__len__") else ""
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
 
 
 if __name__ == "__main__":    # a check that this file works where it was copied to

@@ -39,6 +39,9 @@ Readings, where the paper is silent, misprinted or differs from the code its aut
 14. inner width 4 d_0 and dropout 0.2 are the code's.
 
 Reads from the catalog: n_items, sentences, sentences_mask, pictures, pictures_mask (see CATALOG).
+A batch: "seq" and "target" (B, L), item ids, the newest last, padded with 0 on the left; target is
+the item after each place, 0 = none. score reads "seq" alone; it ranks the history's items as well,
+and its column 0 is padding's. state_dict has weights only: rebuild with the same catalog.
 """
 import math
 import time
@@ -86,6 +89,7 @@ class MSM4SRConfig:
     modality: Literal["both", "text", "image"] = "both"    # -T, -V, Table IV: what is scored
     use_id: bool = True                  # false: no ID embeddings, for cold items, Table V
     freeze_transformer: bool = False     # fine-tuning leaves the Transformer as it is, Table VI
+    # the recipe, for the training loop
     lr: float = 1e-3                     # of fine-tuning; searched in 1e-4, 5e-4, 1e-3
     weight_decay: float = 0.0            # of both stages; searched in 1e-4, 5e-4, 1e-3
     batch_size: int = 200                # sequences of 5 pairs: the paper's 1024 (reading 12)
@@ -93,7 +97,7 @@ class MSM4SRConfig:
     patience: int = 10                   # "does not increase for 10 epochs"
     pretrain_epochs: int = 300           # "pre-trained for 300 epochs"; 0: w/o Pre-train, Table III
     pretrain_lr: float = 1e-3            # "learning rate to 0.001"
-    prefixes: bool = False               # one target a row, in fine-tuning (reading 12)
+    prefixes: bool = False               # true: a row per prefix, and one target a row (reading 12)
 
     def __post_init__(self):
         check_recipe(self)
@@ -258,7 +262,7 @@ class M2SE(nn.Module):
         real = (seq != 0)[:, None, None, :]                                # (B, 1, 1, L)
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
         itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # padding must see something
-        mask = (causal & real | itself).repeat(k, 1, 1, 1)                 # (k B, 1, L, L)
+        mask = ((causal & real) | itself).repeat(k, 1, 1, 1)               # (k B, 1, L, L)
         for block in self.blocks:
             x = block(x, mask)
         return x.unflatten(0, (k, -1))
@@ -557,12 +561,19 @@ def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
     check(not missing, f"the catalog lacks {', '.join(missing)}")
+    N = catalog["n_items"]
     for key, form in CATALOG.items():
         value = catalog[key]
-        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
-        rows = catalog["n_items"] + 1 if "N+1" in form else None
-        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
-        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+        got = type(value).__name__
+        fits = True
+        if "(N+1" in form:    # a tensor with as many axes as the form names
+            axes = form[:form.index(")")].removesuffix(",").count(",") + 1
+            fits = torch.is_tensor(value) and value.dim() == axes and len(value) == N + 1
+            got += f" {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        elif "list" in form:
+            fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
+            got += f" of {len(value)}" if hasattr(value, "__len__") else ""
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
 
 
 if __name__ == "__main__":    # a check that this file works where it was copied to

@@ -16,6 +16,9 @@ Departures from the paper, all of them usual today:
  3. Positions are counted from the end of the sequence, so that trimming padding changes nothing.
 
 Reads from the catalog: n_items.
+A batch: "seq" and "target" (B, L), item ids, the newest last, padded with 0 on the left; target is
+the item after each place, 0 = none. score reads "seq" alone; it ranks the history's items as well,
+and its column 0 is padding's. state_dict has weights only: rebuild with the same catalog.
 """
 import math
 import time
@@ -38,13 +41,14 @@ class SASRecConfig:
     dropout: float = 0.5                 # everywhere; 0.5 for sparse data, section IV-C
     max_len: int = 50                    # n = 50 for sparse data, section IV-C
     loss: Literal["softmax", "bce"] = "softmax"    # bce: one sampled negative, section III-E
+    # the recipe, for the training loop
     optimizer: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     batch_size: int = 128                # as many targets as in so many rows of mean length
     epochs: int = 300
     patience: int = 20                   # epochs without a better validation NDCG@10
-    prefixes: bool = False               # a target at every position
+    prefixes: bool = False               # true: a row per prefix, and one target a row, the last
 
     def __post_init__(self):
         check_recipe(self)
@@ -110,7 +114,7 @@ class SASRec(nn.Module):
         real = (seq != 0)[:, None, None, :]                               # (B, 1, 1, L)
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
         itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # padding must see something
-        mask = causal & real | itself                                     # (B, 1, L, L)
+        mask = (causal & real) | itself                                   # (B, 1, L, L)
         for block in self.blocks:
             x = block(x, mask)
         return x
@@ -224,12 +228,19 @@ def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
     check(not missing, f"the catalog lacks {', '.join(missing)}")
+    N = catalog["n_items"]
     for key, form in CATALOG.items():
         value = catalog[key]
-        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
-        rows = catalog["n_items"] + 1 if "N+1" in form else None
-        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
-        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+        got = type(value).__name__
+        fits = True
+        if "(N+1" in form:    # a tensor with as many axes as the form names
+            axes = form[:form.index(")")].removesuffix(",").count(",") + 1
+            fits = torch.is_tensor(value) and value.dim() == axes and len(value) == N + 1
+            got += f" {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        elif "list" in form:
+            fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
+            got += f" of {len(value)}" if hasattr(value, "__len__") else ""
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
 
 
 if __name__ == "__main__":    # a check that this file works where it was copied to

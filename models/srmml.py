@@ -39,6 +39,9 @@ Readings, where the paper is silent, misprinted or contradicts itself:
 18. w/o MF: P_M(f_M) alone. w/o PM: vectors, attention of eq. 10, dot product instead of eq. 16.
 
 Reads from the catalog: n_items, text, image, has_text, has_image, lang, train_seqs (see CATALOG).
+A batch: "seq" and "target" (B, L), item ids, the newest last, padded with 0 on the left; target is
+the item after each place, 0 = none. score reads "seq" alone; it ranks the history's items as well,
+and its column 0 is padding's. state_dict has weights only: rebuild with the same catalog.
 """
 import math
 import time
@@ -76,13 +79,14 @@ class SRMMLConfig:
     use_fusion: bool = True              # w/o MF, Fig. 2: both features, joined, through one head
     use_gate: bool = True                # w/o MG, Fig. 2: every gate is 1
     use_gaussian: bool = True            # w/o PM, Fig. 2: items are "fixed vectors"
+    # the recipe, for the training loop
     optimizer: Literal["adam", "adamw"] = "adam"    # not in the paper
     lr: float = 1e-3                     # searched in 1e-3, 1e-4 (Implementation Details)
     weight_decay: float = 0.0
     batch_size: int = 256                # not in the paper; STOSA's
     epochs: int = 300                    # at most; not in the paper
     patience: int = 50                   # "does not improve within 50 epochs"
-    prefixes: bool = False               # a target at every position (reading 15)
+    prefixes: bool = False               # true: a row per prefix, and one target a row (reading 15)
 
     def __post_init__(self):
         check_recipe(self)
@@ -162,8 +166,10 @@ def projection_head(width, cfg):
 
 
 def standardised(x, has):
-    """(N+1, D) -> per dimension mean 0 and deviation 1 over the items that have it; rows of length
-    about 1, zero for items that do not have it."""
+    """(N+1, D) -> per dimension mean 0 and one deviation over the items that have it, else 0.
+
+    Divided by sqrt(D), so that rows have length about 1.
+    """
     count = has.sum().clamp(min=1)
     mean = (x * has[:, None]).sum(0) / count
     x = (x - mean) * has[:, None]
@@ -215,7 +221,8 @@ def point(mu, sigma):
 def wasserstein(a, b):
     """W2^2 = |mu_a - mu_b|^2 + |sqrt(Sigma_a) - sqrt(Sigma_b)|^2, eq. (11), each with each.
 
-    As |a|^2 + |b|^2 - 2 a.b of the Gaussians' points: (..., Q, 2d), (..., K, 2d) -> (..., Q, K)
+    The square of the distance (reading 10), as |a|^2 + |b|^2 - 2 a.b of the Gaussians' points:
+    (..., Q, 2d), (..., K, 2d) -> (..., Q, K)
     """
     with torch.autocast(a.device.type, enabled=False):
         a_squared = a.square().sum(-1)[..., None]           # (..., Q, 1)
@@ -248,7 +255,10 @@ class Stream(nn.Module):
         return wide(x.unflatten(-1, (self.heads, -1)).transpose(1, 2))
 
     def finish(self, x, z):
-        """x + z + FFN(LayerNorm(x + z)), eqs. (14), (15): x (B, L, d), z (B, heads, L, .)."""
+        """x + z + FFN(LayerNorm(x + z)), eqs. (14), (15): x (B, L, d), z (B, heads, L, d / heads).
+
+        For the covariance the caller makes the sum positive: the ELU + 1 of eq. (15).
+        """
         z = x + self.dropout(self.out(z.transpose(1, 2).flatten(2)))
         return z + self.dropout(self.ffn(self.norm(z)))
 
@@ -283,6 +293,7 @@ class Layer(nn.Module):
         return A, z_mu, z_sigma
 
     def forward(self, mu, sigma, mask):
+        """mu, sigma (B, L, d) -> the same; the sigma that comes out is positive (reading 7)."""
         _, z_mu, z_sigma = self.attend(mu, sigma, mask)
         mu = self.mean.finish(mu, z_mu)
         if sigma is not None:
@@ -330,8 +341,10 @@ class SRMML(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def encode_items(self):
-        """All items once: {"mu": M^mu, "sigma": M^Sigma, "gate": G}, (N+1, d) each, and "point":
-        where the candidates are, (N+1, 2d)."""
+        """All items: {"mu": M^mu, "sigma": M^Sigma, "gate": G, "point": candidates}.
+
+        (N+1, d) each, M^Sigma before ELU + 1 (reading 7); "point" (N+1, 2d), w/o PM (N+1, d).
+        """
         m_agg = self.fusion()                                                 # (N+1, d)
         table = {}
         for s in self.item:                                                   # reading 6
@@ -366,7 +379,7 @@ class SRMML(nn.Module):
         real = (seq != 0)[:, None, None, :]                                   # (B, 1, 1, L)
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
         itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # padding must see something
-        mask = causal & real | itself                                         # (B, 1, L, L)
+        mask = (causal & real) | itself                                       # (B, 1, L, L)
         mu, sigma = E["mu"], E.get("sigma")
         for block in self.blocks:
             mu, sigma = block(mu, sigma, mask)
@@ -388,7 +401,10 @@ class SRMML(nn.Module):
         return {"next_item": loss}
 
     def score(self, batch, table):
-        """-W2^2 of the user's Gaussian and each item's, eq. (16): scores (B, N+1)."""
+        """-W2^2 of the user's Gaussian and each item's, eq. (16): scores (B, N+1).
+
+        Without the temperature of the loss, which changes no rank.
+        """
         seq = batch["seq"][:, -self.cfg.max_len:]
         state = self.states(seq, table)[:, -1]                                # (B, 2d)
         if self.cfg.use_gaussian:
@@ -397,12 +413,11 @@ class SRMML(nn.Module):
 
 
 def distance_loss(states, items, log_scale, target):
-    """Cross entropy of -W2^2 * exp(log_scale), eqs. (16), (17): points (R, 2d) of users, (N+1, 2d)
-    of items.
+    """Cross entropy of -W2^2 * exp(log_scale), eqs. (16), (17), of users (R, 2d), items (N+1, 2d).
 
-    -scale |s - j|^2 = 2 scale s.j - scale |j|^2 - scale |s|^2; the last term is the same for every
-    item and falls out of the softmax. What is left is one product, with the second term as one
-    more column.
+    Both are points, see `point`. -scale |s - j|^2 = 2 scale s.j - scale |j|^2 - scale |s|^2; the
+    last term is the same for every item and falls out of the softmax. What is left is one product,
+    with the second term as one more column.
     """
     scale = log_scale.exp()
     ones = states.new_ones(len(states), 1)
@@ -490,12 +505,19 @@ def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
     check(not missing, f"the catalog lacks {', '.join(missing)}")
+    N = catalog["n_items"]
     for key, form in CATALOG.items():
         value = catalog[key]
-        # the words of the form say what is checked: "N+1" its rows, "list" that it is no tensor
-        rows = catalog["n_items"] + 1 if "N+1" in form else None
-        fits = rows is None or (len(value) == rows and (torch.is_tensor(value) or "list" in form))
-        check(fits, f"catalog[{key!r}] must be: {form}; N is {catalog['n_items']}")
+        got = type(value).__name__
+        fits = True
+        if "(N+1" in form:    # a tensor with as many axes as the form names
+            axes = form[:form.index(")")].removesuffix(",").count(",") + 1
+            fits = torch.is_tensor(value) and value.dim() == axes and len(value) == N + 1
+            got += f" {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        elif "list" in form:
+            fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
+            got += f" of {len(value)}" if hasattr(value, "__len__") else ""
+        check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
 
 
 if __name__ == "__main__":    # a check that this file works where it was copied to
