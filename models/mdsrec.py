@@ -15,8 +15,8 @@ Transformer over the user's sequence, and learned interest centres attend to the
   score = e^s . E^id (20) + sum_m rho_m etilde^m . Ehat^m (21, 22)       m = t (text), v (image)
 
 Readings, where the paper is silent, misprinted or contradicts itself:
- 1. eqs. 1-2: pairs of places with different items, in both directions, among the last max_len
-    items of each training sequence.
+ 1. eqs. 1-2: pairs of places with different items, in both directions, in the whole of each
+    training sequence; places max_len or more apart, which no row shows together, count nothing.
  2. eq. 3: rows of O sum to 1 and features have norm 1: raw counts would drown the features even
     at mu^m = 0.2. mu^id = 16 is the paper's, so there the neighbours outweigh the item.
  3. made once: O, eq. 3 of the features, 4, 5, 10. In every step, with gradient: eq. 3 of the ids,
@@ -32,11 +32,11 @@ Readings, where the paper is silent, misprinted or contradicts itself:
  8. eqs. 12-15: the paper shares Q, K and V with the sequence; here the whole block is shared, U,
     W_1, W_2, residuals and LayerNorm too. sigma is GELU, between W_1 and W_2: as printed, two
     linear maps in a row are one. Heads have width D / heads and divide by its root. The centres
-    start small (weights start at 0.02) and skip the LayerNorm of reading 6, so what they read
-    outweighs what they are, and they end nearly equal.
- 9. eqs. 12-16: the centres read the whole input. So a row has one target, its last: in the middle
-    of a row they would have read the answer. The training loop, which is not in this file, makes a
-    row per prefix of a sequence.
+    pass the LayerNorm of reading 6 before: without it they are far smaller than what they read,
+    which then outweighs what they are, and all centres of a user become one vector.
+ 9. eqs. 12-16: the centres of a target read what stands before it. With prefixes, the default, the
+    training loop, which is not in this file, makes a row per prefix of a sequence, and its last
+    place has the target. prefixes false: a row per user, a target and own centres at every place.
 10. rho_v = rho_t = 0.5 (the paper gives their sum alone, 1), and tau = 0.2 (not given).
 11. eq. 19: the printed noise log(delta) - log(1 - delta) is logistic; Gumbel noise is taken, as the
     text says. None in testing.
@@ -102,7 +102,7 @@ class MDSRecConfig:
     batch_size: int = 512                # "mini-batch size 512"
     epochs: int = 200                    # at most; not in the paper
     patience: int = 10                   # "a patience of 10"
-    prefixes: bool = True                # a row per prefix; false: one target a user (reading 9)
+    prefixes: bool = True                # a row per prefix; false: a target per place (reading 9)
 
     def __post_init__(self):
         check_recipe(self)
@@ -122,7 +122,7 @@ PRESETS = {
     "sports": dict(neighbors=20, centers=32),
     "clothing": dict(neighbors=15, centers=64),
     "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, dropout=0.3, lr=2e-3),
-    # long histories, where a row per prefix is slow: one target a user
+    # long histories, where a row per prefix is slow
     "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False),
     "demo": dict(centers=4, dim=64, inner=128, lr=3e-3, epochs=20),
 }
@@ -134,38 +134,33 @@ def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
     """O and its transpose, sparse (N+1, N+1), zero diagonal.
 
     O_ij = sum over users u of O_ij^u (2), where O_ij^u = 1 / D_ij (1) and D_ij is the distance
-    |p - q| of the places p of i and q of j in the sequence of u; each pair of places counts. Then
-    each row of O is divided by its sum (reading 2).
+    |p - q| of the places p of i and q of j in the sequence of u; each pair of places nearer than
+    max_len counts (reading 1). Then each row of O is divided by its sum (reading 2).
     """
-    seqs = [seq[-max_len:] for seq in train_seqs]                      # reading 1
     # all sequences end to end; user[n] is whose the n-th item is
-    items = torch.tensor([item for seq in seqs for item in seq], dtype=torch.long)
-    lengths = torch.tensor([len(seq) for seq in seqs], dtype=torch.long)
-    user = torch.arange(len(seqs)).repeat_interleave(lengths)
-    pairs = [torch.zeros(2, 0, dtype=torch.long)]                      # (2, n) each: i and j
+    items = torch.tensor([item for seq in train_seqs for item in seq], dtype=torch.long)
+    lengths = torch.tensor([len(seq) for seq in train_seqs], dtype=torch.long)
+    user = torch.arange(len(lengths)).repeat_interleave(lengths)
+    longest = max(map(len, train_seqs), default=1)
+    cells = [torch.zeros(0, dtype=torch.long)]                         # (n,) each: where in O
     scores = [torch.zeros(0)]                                          # (n,) each: 1 / D_ij
-    for distance in range(1, max(map(len, seqs), default=1)):          # D_ij
+    for distance in range(1, min(max_len, longest)):                   # D_ij
         i, j = items[:-distance], items[distance:]
         counts = (user[:-distance] == user[distance:]) & (i != j)      # of one user, two items
+        i, j = i[counts], j[counts]
+        cells.append(torch.minimum(i, j) * (n_items + 1) + torch.maximum(i, j))    # D_ij = D_ji
         score = 1 / distance if use_dis else 1.0                       # eq. (1)
-        pairs.append(torch.stack([i, j])[:, counts])
-        scores.append(torch.full((int(counts.sum()),), score))
-    pairs = torch.cat(pairs, 1)
-    i, j = torch.cat([pairs, pairs.flip(0)], 1)                        # D_ij = D_ji: both ways
-    scores = torch.cat(scores).repeat(2)
-    cell, where = torch.unique(i * (n_items + 1) + j, return_inverse=True)    # the cells not empty
-    O_ij = torch.zeros(len(cell)).index_add_(0, where, scores)         # eq. (2): sum over users
+        scores.append(torch.full((len(i),), score))
+    cell, where = torch.unique(torch.cat(cells), return_inverse=True)
+    O_ij = torch.zeros(len(cell)).index_add_(0, where, torch.cat(scores))    # eq. (2): over users
     i, j = cell // (n_items + 1), cell % (n_items + 1)
+    i, j = torch.cat([i, j]), torch.cat([j, i])                        # both directions
+    O_ij = O_ij.repeat(2)
     row_sum = torch.zeros(n_items + 1).index_add_(0, i, O_ij)
-    by_row = O_ij / row_sum[i]       # O of eq. (3): reading 2
-    by_column = O_ij / row_sum[j]    # its transpose, as O_ij = O_ji
-    shape = (n_items + 1, n_items + 1)
+    index, shape = torch.stack([i, j]), (n_items + 1, n_items + 1)
     with torch.sparse.check_sparse_tensor_invariants(enable=True):
-        index = torch.stack([i, j])
-        return (
-            torch.sparse_coo_tensor(index, by_row, shape, is_coalesced=True),
-            torch.sparse_coo_tensor(index, by_column, shape, is_coalesced=True),
-        )
+        O = torch.sparse_coo_tensor(index, O_ij / row_sum[i], shape)   # reading 2
+        return O.coalesce(), O.T.coalesce()
 
 
 class Mix(torch.autograd.Function):
@@ -343,11 +338,12 @@ class MDSRec(nn.Module):
     def encode(self, name, seq, items, E_hat_c=None):
         """The Transformer `name`, "id" or a modality, over seq (B, L); items: its table (N+1, D).
 
-        E_hat_c: the interest centres (k, D) of eq. (11), or None. Returns e_t (B, D), the state at
-        the last place, and E_c (B, k, D), the centres after the last layer, which differ from user
-        to user, eq. (16); None without centres.
+        E_hat_c: the interest centres (k, D) of eq. (11), or None. Returns e_t (B, P, D), the states
+        at the P places that predict, L or only the last (reading 9), and E_c (B, P, k, D), the
+        centres after the last layer, which differ from place to place, eq. (16); None without.
         """
         B, L = seq.shape
+        P = self.places(L)
         x = F.embedding(seq, items) + self.position[-L:]                            # eqs. (7), (9)
         x = self.dropout(self.norm(x))                                              # (B, L, D)
         last = torch.arange(L, device=seq.device) == L - 1
@@ -357,30 +353,39 @@ class MDSRec(nn.Module):
         mask = ((causal & real[:, None]) | itself)[:, None]                         # (B, 1, L, L)
         E_c = None
         if E_hat_c is not None:
-            E_c = E_hat_c.expand(B, -1, -1)                                         # (B, k, D)
+            k = len(E_hat_c)
+            E_c = self.norm(E_hat_c).repeat(P, 1).expand(B, -1, -1)                 # (B, P k, D)
+            before = mask[:, :, -P:].repeat_interleave(k, 2)                        # (B, 1, P k, L)
         for number, block in enumerate(self.encoders[name], 1):
-            # of the top layer only the last place is read, so only that is computed
-            top = slice(-1, None) if number == self.cfg.layers else slice(None)
             if E_c is not None:    # before x changes: eq. (12) reads layer l - 1
-                whole = real[:, None, None]                                         # reading 9
-                E_c = block(E_c, x, whole)                                          # eqs. (12)-(15)
-            x = block(x[:, top], x, mask[:, :, top])                                # eqs. (8), (9)
-        return x[:, -1], E_c                                                        # eq. (16)
+                E_c = block(E_c, x, before)                                         # eqs. (12)-(15)
+            # of the top layer only the places that predict are read, so only they are computed
+            top = P if number == self.cfg.layers else L
+            x = block(x[:, -top:], x, mask[:, :, -top:])                            # eqs. (8), (9)
+        if E_c is not None:
+            E_c = E_c.unflatten(1, (P, k))                                          # eq. (16)
+        return x, E_c
+
+    def places(self, L):
+        """How many places of a row of length L predict (reading 9)."""
+        return L if self.training and not self.cfg.prefixes else 1
 
     def interest(self, e, E_c):
         """etilde = e + Gamma E_c, Gamma = softmax((e . E_c + noise) / tau), eqs. (18), (19).
 
-        e (B, D), E_c (B, k, D) -> (B, D)
+        e (B, P, D), E_c (B, P, k, D) -> (B, P, D)
         """
-        logits = torch.einsum("bd,bkd->bk", e, E_c).to(e.dtype)
+        wide = torch.promote_types(e.dtype, torch.float32)    # bfloat16 is too coarse for tau
+        with torch.autocast(e.device.type, enabled=False):
+            logits = torch.einsum("bpd,bpkd->bpk", e.to(wide), E_c.to(wide))
         if self.training:
             gamma = F.gumbel_softmax(logits, self.cfg.tau)                # eq. (19), reading 11
         else:
             gamma = (logits / self.cfg.tau).softmax(-1)                   # the same without noise
-        return e + torch.einsum("bk,bkd->bd", gamma, E_c)                 # eq. (18)
+        return e + torch.einsum("bpk,bpkd->bpd", gamma, E_c)              # eq. (18)
 
     def states(self, seq, table):
-        """Of histories seq (B, L): e^s (B, D), eq. (17), and {m: etilde^m (B, D)}, eq. (18)."""
+        """Of histories (B, L): e^s (B, P, D), eq. (17), and {m: etilde^m (B, P, D)}, eq. (18)."""
         e_s, _ = self.encode("id", seq, table["id"])
         e_tilde = {}
         for m in MODALITIES:
@@ -397,15 +402,16 @@ class MDSRec(nn.Module):
     def forward(self, batch):
         """The terms of L = L_s + sum_m rho_m L_m, eq. (23): {"next_item": L_s, m: rho_m L_m}.
 
-        The training loop adds them up. Of "target" only the last column is read (reading 9).
+        The training loop adds them up. With prefixes only the last column of "target" is read.
         """
         seq = batch["seq"][:, -self.cfg.max_len:]
-        target = batch["target"][:, -1]
+        target = batch["target"][:, -self.places(seq.shape[1]):].flatten()     # (B P,)
         table = self.encode_items()
         e_s, e_tilde = self.states(seq, table)
-        losses = {"next_item": softmax_loss(e_s, table["item"], target)}  # eqs. (20), (24)
+        loss = softmax_loss(e_s.flatten(0, 1), table["item"], target)     # eqs. (20), (24)
+        losses = {"next_item": loss}
         for m in MODALITIES:
-            L_m = softmax_loss(e_tilde[m], table[m], target)              # eqs. (21), (24)
+            L_m = softmax_loss(e_tilde[m].flatten(0, 1), table[m], target)     # eqs. (21), (24)
             losses[m] = self.rho[m] * L_m                                 # eq. (23)
         return losses
 
@@ -416,9 +422,9 @@ class MDSRec(nn.Module):
         """
         seq = batch["seq"][:, -self.cfg.max_len:]
         e_s, e_tilde = self.states(seq, table)
-        scores = e_s @ table["item"].T                                    # eq. (20)
+        scores = e_s[:, -1] @ table["item"].T                             # eq. (20)
         for m in MODALITIES:
-            y_m = e_tilde[m] @ table[m].T                                 # eq. (21)
+            y_m = e_tilde[m][:, -1] @ table[m].T                          # eq. (21)
             scores = scores + self.rho[m] * y_m                           # eq. (22)
         return scores
 

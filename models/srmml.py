@@ -10,7 +10,7 @@ and mixes means with weights A, covariances with A^2; (d) the next item is the n
   text  f_T -> P_T --------------------> m_T -+ channel       e^mu  + W m_Agg = M^mu  -+- (+ P) (5)
   both  f_M -> P_M * M(cos(f_T, f_I)) -> m_M -+ attention     e^Sig + W m_Agg = M^Sig -+      |
   image f_I -> P_I --------------------> m_I -+-> m_Agg (1-4)                          |      |
-  language, sales, M^mu -> two layers -> 2 sigmoid = G (6-8) --------- times both (9) -+------+
+  language, M^mu -> two layers -> 2 sigmoid = G (6-8) ---------------- times both (9) -+------+
   sequence: [-W2^2 (11) -> softmax (12) -> A V^mu, A^2 V^Sig (13) -> feed-forward (14, 15)] -> s_t
   candidate j: N(G M^mu_j, ELU(G M^Sig_j) + 1);  score = -W2^2(s_t, j) (16), softmax over items (17)
 
@@ -18,14 +18,18 @@ Readings, where the paper is silent, misprinted or contradicts itself:
  1. eq. 1: m_T is the text's channel, m_I the picture's (swapped in the text).
  2. eq. 3: heads are Linear, LayerNorm, ReLU, dropout, Linear, LayerNorm, on standardised vectors:
     CLIP's share a large mean.
- 3. eqs. 2-3: M(s) = sigmoid(w s + b); the cosine is of the vectors as given if both have one width
-    (one encoder's space), else of m_T and m_I.
+ 3. eqs. 2-3: M(s) = w s + b, from w = 1, b = 0. The cosine is of the vectors as given if both have
+    one width (one encoder's space), else of m_T and m_I; it is brought to [0, 1] by its extremes
+    over the items that have both.
  4. eq. 4: mean and maximum over the width, one 3-3-3 network for both; eq. 4 sums the channels.
+    Both are taken before the last LayerNorm of a head, after which every mean is 0, and are
+    standardised over the items, or they differ too little for the network to tell items apart.
  5. the vectors may come from any encoder; for several languages it should be a multilingual one.
  6. M = e + W m_Agg; an item that the training part never shows has e = 0.
  7. eqs. 5, 9: LayerNorm(M + P), dropout, gate; ELU + 1 where a covariance is used: see `positive`.
  8. eqs. 6-8: y = [language, statistics, M^mu without gradient], one gate for mean and covariance.
-    Statistics: log of 1 + sales of the item, and of 1 + mean sales in its language; standardised.
+    Statistics, of the language alone: log of 1 + the mean sales of its items, standardised. With
+    the item's own sales in y the gate learns to switch off what was never sold, as it is no target.
  9. eq. 10 is only the attention that is replaced; t looks at k <= t, itself included.
 10. eq. 11 is the square of the distance; its cross term is sqrt(Sigma_k) sqrt(Sigma_t): a root is
     lost in print. The triangle inequality that the text claims holds for the distance alone.
@@ -118,7 +122,8 @@ class Fusion(nn.Module):
         has_fused = has_text & has_image if cfg.use_fusion else has_text | has_image
         has = {"text": has_text, "image": has_image, "fused": has_fused}
         has = torch.stack([has[channel] for channel in self.channels], 1)[..., None]
-        f_T, f_I = standardised(text, has_text), standardised(image, has_image)     # reading 2
+        f_T = standardised(text, has_text[:, None]) / math.sqrt(text.shape[1])      # reading 2
+        f_I = standardised(image, has_image[:, None]) / math.sqrt(image.shape[1])
         f_M = torch.cat([f_T, f_I], 1)                                              # eq. (1)
         similarity = None
         if text.shape == image.shape:                                               # reading 3
@@ -129,8 +134,11 @@ class Fusion(nn.Module):
         self.register_buffer("similarity", similarity, persistent=False)
         widths = {"text": text.shape[1], "image": image.shape[1], "fused": f_M.shape[1]}
         self.P = nn.ModuleDict({c: projection_head(widths[c], cfg) for c in self.channels})
+        self.norm = nn.ModuleDict({c: nn.LayerNorm(cfg.dim) for c in self.channels})
         if len(self.channels) == 3:
             self.M = nn.Linear(1, 1)                            # w and b of M(s)
+            nn.init.ones_(self.M.weight)
+            nn.init.zeros_(self.M.bias)
             self.attention = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3))
 
     def forward(self):
@@ -139,48 +147,68 @@ class Fusion(nn.Module):
             "image": self.f_M[:, self.text_width:],
             "fused": self.f_M,
         }
-        m = {c: self.P[c](f[c]) for c in self.channels}                             # (N+1, d) each
+        u = {c: self.P[c](f[c]) for c in self.channels}                             # (N+1, d) each
+        m = {c: self.norm[c](u[c]) for c in self.channels}                          # reading 2
         if len(m) == 1:    # w/o MF, or one modality
             return m[self.channels[0]] * self.has[:, 0]
-        similarity = self.similarity
-        if similarity is None:                                                      # reading 3
-            similarity = F.cosine_similarity(m["text"], m["image"], -1)
-        agreement = self.M(similarity[:, None]).sigmoid()                           # (N+1, 1)
+        agreement = self.agreement(m)                                               # (N+1, 1)
+        u["fused"] = agreement * u["fused"]
         m["fused"] = agreement * m["fused"]                                         # eq. (3)
         m = torch.stack([m[c] for c in self.channels], 1) * self.has                # (N+1, 3, d)
-        logits = self.attention(m.mean(-1)) + self.attention(m.amax(-1))            # reading 4
-        weights = logits.sigmoid()                                                  # (N+1, 3)
-        return (weights[..., None] * m).sum(1)                                      # eq. (4)
+        u = torch.stack([u[c] for c in self.channels], 1) * self.has
+        return (self.weights(u)[..., None] * m).sum(1)                              # eq. (4)
+
+    def agreement(self, m):
+        """M(s) of eq. (3), s the similarity of eq. (2) in [0, 1]: (N+1, 1); reading 3."""
+        similarity = self.similarity
+        if similarity is None:
+            similarity = F.cosine_similarity(m["text"], m["image"], -1)             # eq. (2)
+        s = in_unit_interval(similarity, self.has[:, 2, 0])
+        return self.M(s[:, None])
+
+    def weights(self, u):
+        """Channel attention of eq. (4), by mean and maximum: (N+1, 3, d) -> (N+1, 3); reading 4."""
+        has = self.has[..., 0]                                                      # (N+1, 3)
+        by_mean = self.attention(standardised(u.mean(-1), has))
+        by_maximum = self.attention(standardised(u.amax(-1), has))
+        return (by_mean + by_maximum).sigmoid()
 
 
 def projection_head(width, cfg):
-    """P of eq. (3): width -> 2 d -> d (reading 2)."""
+    """P of eq. (3) up to its last LayerNorm: width -> 2 d -> d (reading 2)."""
     return nn.Sequential(
         nn.Linear(width, 2 * cfg.dim),
         nn.LayerNorm(2 * cfg.dim),
         nn.ReLU(),
         nn.Dropout(cfg.dropout),
         nn.Linear(2 * cfg.dim, cfg.dim),
-        nn.LayerNorm(cfg.dim),
     )
 
 
-def standardised(x, has):
-    """(N+1, D) -> per dimension mean 0 and one deviation over the items that have it, else 0.
+def in_unit_interval(similarity, has):
+    """(N+1,) -> from 0 for the least alike to 1 for the most, of the items that have both."""
+    lowest = similarity.masked_fill(~has, torch.inf).amin()
+    highest = similarity.masked_fill(~has, -torch.inf).amax()
+    s = (similarity - lowest) / (highest - lowest).clamp(min=1e-6)
+    return torch.where(has, s, 0)
 
-    Divided by sqrt(D), so that rows have length about 1.
+
+def standardised(x, has):
+    """(N+1, D) -> per dimension mean 0 and deviation 1 over the items that have it, else 0.
+
+    has: bool, (N+1, 1) or (N+1, D)
     """
-    count = has.sum().clamp(min=1)
-    mean = (x * has[:, None]).sum(0) / count
-    x = (x - mean) * has[:, None]
+    count = has.sum(0).clamp(min=1)
+    mean = torch.where(has, x, 0).sum(0) / count
+    x = torch.where(has, x - mean, 0)
     deviation = (x.square().sum(0) / count).sqrt()
-    return x / deviation.clamp(min=1e-4) / math.sqrt(x.shape[1])
+    return x / deviation.clamp(min=1e-4)
 
 
 def statistics(lang, train_seqs):
-    """What eq. (8) knows of an item besides its language (reading 8).
+    """What eq. (8) knows of an item's language besides its number (reading 8).
 
-    lang (N+1,), lists of ids -> (N+1, 2) standardised, and which items were sold at all (N+1,)
+    lang (N+1,), lists of ids -> (N+1, 1) standardised, and which items were sold at all (N+1,)
     """
     flat = torch.tensor([item for seq in train_seqs for item in seq], dtype=torch.long)
     sales = torch.bincount(flat, minlength=len(lang)).double()    # in the training part
@@ -188,7 +216,7 @@ def statistics(lang, train_seqs):
     items = torch.bincount(lang[1:], minlength=n_lang)            # of each language
     total = torch.bincount(lang[1:], sales[1:], minlength=n_lang)
     mean_sales = total / items.clamp(min=1)
-    stats = torch.stack([sales, mean_sales[lang]], 1).log1p()     # (N+1, 2)
+    stats = mean_sales[lang][:, None].log1p()                     # (N+1, 1)
     deviation = stats[1:].std(0, correction=0).clamp(min=1e-6)
     stats = (stats - stats[1:].mean(0)) / deviation
     stats[0] = 0
@@ -324,11 +352,11 @@ class SRMML(nn.Module):
         stats, seen = statistics(catalog["lang"], catalog["train_seqs"])
         self.register_buffer("seen", seen[:, None], persistent=False)         # (N+1, 1)
         if cfg.use_gate:
-            self.register_buffer("stats", stats, persistent=False)            # (N+1, 2)
+            self.register_buffer("stats", stats, persistent=False)            # (N+1, 1)
             self.register_buffer("lang", catalog["lang"], persistent=False)   # (N+1,)
             self.language = nn.Embedding(cfg.languages + 1, d)                # row 0 is padding's
             self.gate = nn.Sequential(
-                nn.Linear(2 * d + 2, d), nn.ReLU(), nn.Linear(d, d), nn.Sigmoid()
+                nn.Linear(2 * d + 1, d), nn.ReLU(), nn.Linear(d, d), nn.Sigmoid()
             )
         self.blocks = nn.ModuleList(Layer(cfg) for _ in range(cfg.layers))
         log_scale = torch.tensor(-math.log(cfg.temperature or math.sqrt(d)))  # reading 15
@@ -336,8 +364,8 @@ class SRMML(nn.Module):
             self.log_scale = nn.Parameter(log_scale)
         else:
             self.register_buffer("log_scale", log_scale, persistent=False)
-        for weight in self.parameters():
-            if weight.dim() > 1:
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1 and not name.startswith("fusion."):    # it would freeze reading 4
                 nn.init.normal_(weight, std=0.02)
 
     def encode_items(self):
@@ -363,7 +391,7 @@ class SRMML(nn.Module):
         """
         if not self.cfg.use_gate:
             return torch.ones_like(mu)
-        y = torch.cat([self.language(self.lang), self.stats, mu.detach()], -1)    # (N+1, 2d + 2)
+        y = torch.cat([self.language(self.lang), self.stats, mu.detach()], -1)    # (N+1, 2d + 1)
         return self.cfg.gate_scale * self.gate(y)
 
     def states(self, seq, table):

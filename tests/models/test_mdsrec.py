@@ -46,10 +46,9 @@ def test_co_occurrence_eqs_1_2(use_dis):
     max_len = 6
     O = torch.zeros(N + 1, N + 1)
     for seq in make_seqs():
-        seq = seq[-max_len:]
         for p, i in enumerate(seq):
             for q, j in enumerate(seq):
-                if i != j:
+                if i != j and abs(p - q) < max_len:
                     O[i, j] += 1 / abs(p - q) if use_dis else 1
     O = O / O.sum(1, keepdim=True).clamp(min=1e-9)
     found, transposed = mdsrec.co_occurrence(make_seqs(), N, max_len, use_dis)
@@ -160,13 +159,61 @@ def test_sequence_and_centres_eqs_7_to_16():
     for b, row in enumerate(seq):
         row = row[row > 0]
         x = model.norm(items[row] + model.position[-len(row):])                # eqs. (7), (9)
-        e = centers
+        e = model.norm(centers)                                                # reading 8
         for block in model.encoders["text"]:
             e = naive_block(block, e, x, lambda q, j: True)
             x = naive_block(block, x, x, lambda q, j: j <= q)
             # the centres of the next layer read the sequence of the next layer
-        torch.testing.assert_close(last[b], x[-1])
-        torch.testing.assert_close(own[b], e)
+        torch.testing.assert_close(last[b, 0], x[-1])
+        torch.testing.assert_close(own[b, 0], e)
+
+
+@torch.no_grad()
+def test_without_prefixes_every_place_has_centres_of_what_stands_before_it():
+    model = make(prefixes=False, layers=2)    # in training, without dropout
+    items = model.encode_items()["image"]
+    seq = torch.tensor([[0, 0, 5, 2, 9], [1, 2, 3, 4, 5]])
+    centers = model.clusters["image"] @ items
+    states, own = model.encode("image", seq, items, centers)
+    assert states.shape == (2, 5, 8) and own.shape == (2, 5, 3, 8)
+    for b, row in enumerate(seq):
+        row = row[row > 0]
+        for t in range(len(row)):
+            x = model.norm(items[row] + model.position[-len(row):])
+            e = model.norm(centers)
+            for block in model.encoders["image"]:
+                e = naive_block(block, e, x[:t + 1], lambda q, j: True)
+                x = naive_block(block, x, x, lambda q, j: j <= q)
+            torch.testing.assert_close(states[b, t - len(row)], x[t])
+            torch.testing.assert_close(own[b, t - len(row)], e)
+
+
+@pytest.mark.parametrize("prefixes", [True, False])
+def test_every_target_is_learned_without_prefixes_and_the_last_with_them(prefixes):
+    model = make(prefixes=prefixes)
+    seq = torch.tensor([[0, 4, 5, 2, 9], [1, 2, 3, 4, 5]])
+    target = torch.tensor([[0, 5, 2, 9, 7], [2, 3, 4, 5, 6]])
+
+    def losses(target):
+        torch.manual_seed(0)
+        return torch.stack(list(model({"seq": seq, "target": target}).values()))
+
+    for b, t in [(1, 0), (0, 1), (1, 3), (0, 4)]:
+        other = target.clone()
+        other[b, t] = 10
+        assert torch.equal(losses(other), losses(target)) == (prefixes and t < 4)
+
+
+@torch.no_grad()
+def test_a_users_centres_differ():
+    """Reading 8: without the LayerNorm all pairs of them have a cosine of .999."""
+    torch.set_default_dtype(torch.float32)
+    model = make(dim=64, heads=4).eval()
+    items = model.encode_items()["text"]
+    _, E_c = model.encode("text", torch.tensor([[1, 2, 3]]), items, model.clusters["text"] @ items)
+    unit = F.normalize(E_c[0, 0], dim=-1)
+    pairs = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
+    assert pairs.mean() < .8
 
 
 @torch.no_grad()
@@ -175,10 +222,11 @@ def test_scores_and_losses_eqs_17_to_24():
     model = make(rho_image=.3).eval()
     table = model.encode_items()
     seq = torch.tensor([[0, 4, 5, 2, 9]])
-    e_s = model.encode("id", seq, table["id"])[0][0]
+    e_s = model.encode("id", seq, table["id"])[0][0, 0]
     own = {}
     for m in rho:
         e, centers = model.encode(m, seq, table[m], model.clusters[m] @ table[m])
+        e, centers = e[0], centers[0]
         e_s = e_s + rho[m] * e[0]                                                       # eq. (17)
         weight = [math.exp(e[0] @ c / .2) for c in centers[0]]                          # eq. (19)
         own[m] = e[0] + sum(w / sum(weight) * c for w, c in zip(weight, centers[0]))    # eq. (18)

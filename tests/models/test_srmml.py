@@ -62,6 +62,12 @@ def standardised(x, has):
     return found
 
 
+def standardised_channels(x, has):
+    """What the channel network reads (reading 4): each column of x (N+1, 3) by itself."""
+    columns = [standardised(x[:, c:c + 1], has[:, c]) for c in range(x.shape[1])]
+    return torch.cat(columns, 1)
+
+
 def heads_inputs(catalog):
     """f_T, f_I (N+1, D) as the heads see them."""
     return [
@@ -183,34 +189,74 @@ def test_fusion_eqs_1_to_4(image):
     found = fusion()
     P = fusion.P
     texts, images = heads_inputs(catalog)
+    if image == 5:    # the vectors share a space only if their widths agree: reading 3
+        cosine = F.cosine_similarity(catalog["text"], catalog["image"])
+    else:
+        cosine = F.cosine_similarity(
+            fusion.norm["text"](P["text"](texts)), fusion.norm["image"](P["image"](images))
+        )
+    both = [i for i in range(N + 1) if catalog["has_text"][i] and catalog["has_image"][i]]
+    channels = []    # of each item: whether it has them, what is pooled, what is summed
     for i in range(N + 1):
         has_text = bool(catalog["has_text"][i])
         has_image = bool(catalog["has_image"][i])
-        m_T = P["text"](texts[i])
-        m_I = P["image"](images[i])
-        m_M = P["fused"](torch.cat([texts[i], images[i]]))                  # eq. (1)
-        if has_text and has_image:
-            # eq. (2), reading 3: the vectors share a space only if their widths agree
-            alike = (catalog["text"][i], catalog["image"][i]) if image == 5 else (m_T, m_I)
-            s = F.cosine_similarity(*alike, dim=0).item()
-            m_M = m_M * sigmoid(fusion.M.weight.item() * s + fusion.M.bias.item())    # eq. (3)
-        else:
-            m_M = torch.zeros(8)
-        channels = [m_T * has_text, m_I * has_image, m_M]
-        mean = channel_network(fusion.attention, torch.stack([c.mean() for c in channels]))
-        top = channel_network(fusion.attention, torch.stack([c.max() for c in channels]))
-        expected = sum(sigmoid(a + b) * c for a, b, c in zip(mean, top, channels))    # eq. (4)
+        fused = torch.cat([texts[i], images[i]])                            # eq. (1)
+        u = [P["text"](texts[i]), P["image"](images[i]), P["fused"](fused)]
+        m = [fusion.norm[c](x) for c, x in zip(("text", "image", "fused"), u)]
+        agreement = 0.
+        if has_text and has_image:    # eq. (2), reading 3
+            s = float((cosine[i] - min(cosine[both])) / (max(cosine[both]) - min(cosine[both])))
+            agreement = fusion.M.weight.item() * s + fusion.M.bias.item()   # eq. (3)
+        factors = [has_text, has_image, agreement]
+        channels.append((
+            [has_text, has_image, has_text and has_image],
+            torch.stack([factor * x for factor, x in zip(factors, u)]),
+            torch.stack([factor * x for factor, x in zip(factors, m)]),
+        ))
+    has = torch.tensor([c[0] for c in channels])
+    by_mean = standardised_channels(torch.stack([c[1].mean(1) for c in channels]), has)
+    by_maximum = standardised_channels(torch.stack([c[1].amax(1) for c in channels]), has)
+    for i, (_, _, m) in enumerate(channels):
+        a = channel_network(fusion.attention, by_mean[i])
+        b = channel_network(fusion.attention, by_maximum[i])
+        expected = sum(sigmoid(a[c] + b[c]) * m[c] for c in range(3))       # eq. (4)
         torch.testing.assert_close(found[i], expected)
-        assert has_text or has_image or not found[i].any()
+        assert has[i].any() or not found[i].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image", [5, 7])
+def test_agreement_and_channel_weights_differ_from_item_to_item(image):
+    """Of a fresh model, as it starts: readings 3 and 4. At a start of .02 they are constants."""
+    torch.set_default_dtype(torch.float32)
+    catalog = make_catalog(image=image)
+    fusion = srmml.Model(srmml.Config(dim=64, dropout=0.), catalog).fusion
+    both = catalog["has_text"] & catalog["has_image"]
+    outputs = []
+    for part in (fusion.M, fusion.attention):
+        part.register_forward_hook(lambda part, given, output: outputs.append(output[both]))
+    fusion()
+    agreement, by_mean, by_maximum = outputs
+    assert agreement.std() > .1
+    for logits in (by_mean, by_maximum):
+        assert (logits.std(0) > .05).all()
+
+
+def test_similarities_are_brought_to_the_unit_interval():
+    has = torch.tensor([False, True, True, True, False])
+    found = srmml.in_unit_interval(torch.tensor([0., .2, .4, .3, .9]), has)
+    torch.testing.assert_close(found, torch.tensor([0., 0., 1., .5, 0.]))
+    assert not srmml.in_unit_interval(torch.ones(3), torch.zeros(3, dtype=torch.bool)).any()
+    assert srmml.in_unit_interval(torch.ones(3), torch.ones(3, dtype=torch.bool)).isfinite().all()
 
 
 def naive_statistics():
-    """Log sales of an item, and log mean sales in its language, standardised: (N, 2)."""
+    """Log mean sales in an item's language, standardised: (N, 1)."""
     sales = [sum(seq.count(i) for seq in SEQS) for i in range(N + 1)]
     rows = []
     for i in range(1, N + 1):
         same = [sales[j] for j in range(1, N + 1) if LANG[j] == LANG[i]]
-        rows.append([math.log(1 + sales[i]), math.log(1 + sum(same) / len(same))])
+        rows.append([math.log(1 + sum(same) / len(same))])
     rows = torch.tensor(rows)
     centred = rows - rows.mean(0)
     return centred / centred.square().mean(0).sqrt()
@@ -253,9 +299,22 @@ def test_the_gate_is_between_0_and_2_and_sends_no_gradient_into_the_means():
 def test_statistics_of_one_language_and_of_no_sequences():
     stats, seen = srmml.statistics(torch.tensor([0, 1, 1, 1]), [[1, 1, 2]])
     assert seen.tolist() == [False, True, True, False]
-    assert not stats[:, 1].any() and stats[1, 0] > stats[2, 0] > stats[3, 0]
+    assert not stats.any()    # of one language: nothing to tell apart
     stats, seen = srmml.statistics(torch.tensor([0, 1, 2]), [])
     assert not stats.any() and not seen.any()
+
+
+@torch.no_grad()
+def test_the_gate_does_not_know_what_an_item_has_sold():
+    """Or it switches off what was never sold, which is no target of training (reading 8)."""
+    catalog = make_catalog()
+    assert LANG[3] == LANG[5]
+
+    def gate(seqs):
+        torch.manual_seed(0)
+        return make(catalog | {"train_seqs": seqs}).encode_items()["gate"]
+
+    torch.testing.assert_close(gate([[3] * 9, [5], [2]]), gate([[3], [5] * 9, [2]]))
 
 
 def test_items_never_sold_are_scored_by_their_content():
@@ -510,14 +569,17 @@ def parts(model):
     return {".".join(name[:depth.get(name[0], 1)]) for name in names}
 
 
-SHARED = {"fusion.P.fused", "fusion.M.weight", "fusion.M.bias", "fusion.attention.0",
-          "fusion.attention.2"}
+SHARED = {"fusion.P.fused", "fusion.norm.fused", "fusion.M.weight", "fusion.M.bias",
+          "fusion.attention.0", "fusion.attention.2"}
+OF_FUSED = {"fusion.P.fused", "fusion.norm.fused"}
+OF_TEXT = {"fusion.P.text", "fusion.norm.text"}
+OF_IMAGE = {"fusion.P.image", "fusion.norm.image"}
 
 
 @pytest.mark.parametrize("setting, gone", [
-    (dict(use_fusion=False), SHARED - {"fusion.P.fused"} | {"fusion.P.text", "fusion.P.image"}),
-    (dict(modality="text"), SHARED | {"fusion.P.image"}),
-    (dict(modality="image"), SHARED | {"fusion.P.text"}),
+    (dict(use_fusion=False), SHARED - OF_FUSED | OF_TEXT | OF_IMAGE),
+    (dict(modality="text"), SHARED | OF_IMAGE),
+    (dict(modality="image"), SHARED | OF_TEXT),
     (dict(use_gate=False), {"gate", "language"}),
     (dict(learn_temperature=False), {"log_scale"}),
 ], ids=["no fusion", "text", "image", "no gate", "fixed temperature"])
@@ -530,7 +592,8 @@ def test_without_fusion_both_features_pass_one_head():
     catalog = make_catalog()
     fusion = make(catalog, use_fusion=False).fusion
     has_any = (catalog["has_text"] | catalog["has_image"])[:, None]
-    expected = fusion.P["fused"](torch.cat(heads_inputs(catalog), 1)) * has_any
+    u = fusion.P["fused"](torch.cat(heads_inputs(catalog), 1))
+    expected = fusion.norm["fused"](u) * has_any
     torch.testing.assert_close(fusion(), expected)
 
 
@@ -544,7 +607,7 @@ def test_one_modality_alone_reads_nothing_of_the_other(kept, other):
     after.load_state_dict(before.state_dict())
     torch.testing.assert_close(before.fusion(), after.fusion())
     f = heads_inputs(catalog)[kept == "image"]
-    expected = before.fusion.P[kept](f) * catalog[f"has_{kept}"][:, None]
+    expected = before.fusion.norm[kept](before.fusion.P[kept](f)) * catalog[f"has_{kept}"][:, None]
     torch.testing.assert_close(before.fusion(), expected)
 
 
