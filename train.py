@@ -47,7 +47,6 @@ SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 
 
 def main():
     args, module = settings.parse()
-    settings.check_flags(args)
     seeds = settings.seeds_of(args)
     device = pick_device(args.device)
     dataset = data.load_for(args)
@@ -235,7 +234,8 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
         progress = saved.progress
     forward = torch.compile(model.forward, dynamic=True) if job.args.compile else model.forward
     trainer = Trainer(
-        model, forward, optimizer, job.device, job.cfg.batch_size, job.args.clip_norm
+        model, forward, optimizer, job.device, job.cfg.batch_size,
+        clip_norm=getattr(job.cfg, "clip_norm", 0),
     )
     while not is_over(stage, progress):
         begin = time.perf_counter()
@@ -313,7 +313,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     device: torch.device
     batch_size: int
-    clip_norm: float = 5.0
+    clip_norm: float = 0         # largest norm of the gradient; 0: any
 
     @property
     def weights(self):
@@ -348,7 +348,8 @@ def train_step(trainer, batch, watch, users):
         loss = sum(terms.values())
     trainer.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(trainer.weights, trainer.clip_norm, foreach=True)
+    limit = trainer.clip_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(trainer.weights, limit, foreach=True)
     trainer.optimizer.found_inf = watch.step(terms, norm, users)
     trainer.optimizer.step()
 

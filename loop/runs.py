@@ -253,7 +253,6 @@ def settings_of(job, seed) -> dict:
         "text": args.text,
         "image": args.image,
         "mask_history": args.mask_history,
-        "clip_norm": args.clip_norm,
         "train_share": args.train_share,
         "pretrain_data": args.pretrain_data,
         "cold_start": args.cold_start,

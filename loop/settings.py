@@ -188,7 +188,6 @@ def train_flags():
     add("--mask_history", action="store_true", help="select the epoch by masked validation metrics")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the training step")
-    add("--clip_norm", type=float, default=5.0, help="largest gradient norm (default: 5)")
     add("--pretrain_data", "--pretrain-data",
         help="pre-train on other data sets than --data, one or several: A,B")
     add("--cold_start", action="store_true",
@@ -274,9 +273,3 @@ def seeds_of(args) -> list:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {args.seeds} names a seed twice: give each once")
     return seeds
-
-
-def check_flags(args):
-    """Raises UserError for values of the shared flags that make no sense."""
-    if not args.clip_norm > 0:
-        raise UserError(f"--clip_norm {args.clip_norm} must be above 0")

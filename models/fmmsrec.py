@@ -97,6 +97,7 @@ class FMMSRecConfig:
     schedule: Literal["constant", "step", "linear", "cosine"] = "constant"    # of the learning rate
     lr: float = 1e-3                     # "a learning rate of 0.001" (section 4.4)
     weight_decay: float = 0.0
+    clip_norm: float = 1.0               # largest norm of a gradient; 0: any; MMSRec's
     batch_size: int = 1024               # rows, or items in pre-training; 8192 in section 4.4
     epochs: int = 500                    # at most; not in the paper; MMSRec's
     patience: int = 10                   # not in the paper; MMSRec's
@@ -116,7 +117,10 @@ class FMMSRecConfig:
 
 
 # chosen on validation for small sets and a CPU: what docs/results.md uses
-SMALL = dict(heads=4, batch_size=256, pretrain_epochs=20, lr=2e-3, schedule="cosine", patience=40)
+SMALL = dict(
+    heads=4, batch_size=256, pretrain_epochs=20, lr=2e-3, schedule="cosine", patience=40,
+    clip_norm=5.0,
+)
 PRESETS = {
     "scientific-mm": SMALL | dict(dim=128, dropout=0.3, input_dropout=0.3, epochs=40),
     "demo": SMALL | dict(dim=64, dropout=0.1, input_dropout=0.1, batch_size=128, epochs=20),
@@ -546,6 +550,7 @@ def check_recipe(cfg):
     check(0 <= cfg.dropout < 1, f"dropout {cfg.dropout} must be from 0 to below 1")
     check(0 < cfg.lr < math.inf, f"lr {cfg.lr} must be above 0")
     check(0 <= cfg.weight_decay < math.inf, f"weight_decay {cfg.weight_decay} must not be negative")
+    check(0 <= cfg.clip_norm < math.inf, f"clip_norm {cfg.clip_norm} must not be negative")
 
 
 def check_catalog(catalog):

@@ -99,6 +99,7 @@ class MDSRecConfig:
     optimizer: Literal["adam", "adamw"] = "adam"    # Adam (Parameter Settings)
     lr: float = 1e-3                     # searched in 1e-4 ... 1e-1 (Parameter Settings)
     weight_decay: float = 0.0
+    clip_norm: float = 0.0               # largest norm of a gradient; 0: any; not in the paper
     batch_size: int = 512                # "mini-batch size 512"
     epochs: int = 200                    # at most; not in the paper
     patience: int = 10                   # "a patience of 10"
@@ -494,6 +495,7 @@ def check_recipe(cfg):
     check(0 <= cfg.dropout < 1, f"dropout {cfg.dropout} must be from 0 to below 1")
     check(0 < cfg.lr < math.inf, f"lr {cfg.lr} must be above 0")
     check(0 <= cfg.weight_decay < math.inf, f"weight_decay {cfg.weight_decay} must not be negative")
+    check(0 <= cfg.clip_norm < math.inf, f"clip_norm {cfg.clip_norm} must not be negative")
 
 
 def check_catalog(catalog):

@@ -18,8 +18,10 @@ Readings, of what the paper leaves open and its code does:
  1. trained are the last two blocks of each encoder and the norm after them, by name. The code
     compares tensor indices the wrong way round and freezes just those. Embeddings stay frozen.
  2. at most 50 tokens of one string an item: its title and what else the data set says (F.3).
- 3. pictures are squeezed to the encoder's square and normalised by its statistics (the code: .5).
-    An item without a readable picture has a grey one. Of an animation, the first frame.
+ 3. pictures are turned upright, white where they are transparent, squeezed to the encoder's square
+    and normalised by its statistics (the code: .5). An item without a readable picture has a grey
+    one, as has one whose picture is longer than 100 times its width. Of an animation, the first
+    frame.
  4. MAE sees all patches; Hugging Face's drops 75 % at random in every pass.
  5. MMSR-T, MMSR-V and the coarse fusions take the masked mean of the projected tokens; "+" is
     3 x (dropout, linear, ReLU).
@@ -45,8 +47,10 @@ import math
 import os
 import re
 import time
+import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,7 +58,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 CATALOG = {
@@ -65,6 +69,8 @@ CATALOG = {
 }
 READS = ("titles", "image_paths", "train_seqs")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")    # of pictures that are opened
+THIN = 100       # longer side / shorter side; above it a picture is not read
+STALE = 3600     # seconds after which a half-written cache is a killed run's
 
 
 @dataclass
@@ -92,9 +98,10 @@ class MMSRConfig:
     optimizer: Literal["adam", "adamw"] = "adamw"    # section 4.2
     schedule: Literal["constant", "step", "linear", "cosine"] = "step"    # reading 10
     lr: float = 1e-4                     # section 4.2
-    encoder_lr: float = 5e-5             # of the top blocks, Table 12
+    encoder_lr: float = 1e-4             # of the top blocks; 5e-5 is better in Table 12
     weight_decay: float = 0.1            # section 4.2
     encoder_weight_decay: float = 0.0    # section 4.2
+    clip_norm: float = 0.0               # largest norm of a gradient; 0: any, as in the code
     batch_size: int = 64                 # section 4.2: from 64, 128, 256
     epochs: int = 150                    # section 4.2
     patience: int = 10                   # ours
@@ -104,7 +111,7 @@ class MMSRConfig:
         for name in ("merge_layers", "dim", "heads", "max_len", "batch_size", "epochs", "patience"):
             value = getattr(self, name)
             check(value >= 1, f"{name} {value} is too small: it must be at least 1")
-        for name in ("layers", "tune_blocks", "weight_decay", "encoder_weight_decay"):
+        for name in ("layers", "tune_blocks", "weight_decay", "encoder_weight_decay", "clip_norm"):
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name} {value} must not be negative")
         check(0 <= self.dropout < 1, f"dropout {self.dropout} must be from 0 to below 1")
@@ -117,7 +124,7 @@ class MMSRConfig:
 
 SMALL = dict(
     text_encoder="tiny", image_encoder="tiny", loss="in_batch", dim=64, lr=1e-3, encoder_lr=1e-3,
-    batch_size=32, epochs=13,
+    batch_size=32, epochs=13, clip_norm=5.0,
 )
 PRESETS = {"demo": SMALL, "demo-b": SMALL}
 
@@ -221,6 +228,27 @@ class Boundary(nn.Module):
 
 # ---------------- below the boundary: what is frozen
 
+def read_picture(path):
+    """The picture as RGB, upright, white where it is transparent. Raises many errors."""
+    with Image.open(path, formats=FORMATS) as picture:
+        width, height = picture.size
+        if width * height > Image.MAX_IMAGE_PIXELS:    # Pillow only warns
+            raise ValueError("too many pixels")
+        if (width, height) == (1, 1) or max(width, height) > THIN * min(width, height):
+            raise ValueError("no picture of anything")
+        picture.load()
+        with suppress(Exception):    # a bad note on the orientation makes no bad picture
+            picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):    # 16 bit: convert() would clip at 255
+            grey = np.asarray(picture) // 257
+            picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        return picture.convert("RGB")
+
+
 class Frozen:
     """An encoder up to the boundary: texts or pictures -> hidden states.
 
@@ -239,17 +267,16 @@ class Frozen:
         """Token ids -> (T,), or a path -> (3, S, S), grey for None and for what is no picture."""
         if self.modality == "text":
             return torch.tensor(x)
-        try:
-            grey = Image.new("RGB", (1, 1), (128, 128, 128))
-            with Image.open(x, formats=FORMATS) if x else grey as picture:
-                if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:    # Pillow only warns
-                    raise ValueError
-                picture = picture.convert("RGB").resize((self.size, self.size), Image.BICUBIC)
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-            return (pixels - self.mean) / self.std                             # reading 3
-        except Exception:    # a damaged file makes Pillow raise almost anything
-            self.unreadable += 1
-            return self.read(None)
+        picture = None
+        if x:
+            try:
+                picture = read_picture(x)
+            except Exception:    # a damaged file makes Pillow raise almost anything
+                self.unreadable += 1
+        picture = picture or Image.new("RGB", (1, 1), (128, 128, 128))
+        picture = picture.resize((self.size, self.size), Image.BICUBIC)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+        return (pixels - self.mean) / self.std                                 # reading 3
 
     @torch.no_grad()
     def hidden(self, inputs, device):
@@ -292,39 +319,62 @@ class Frozen:
             about = ()
             if isinstance(x, str) and os.path.exists(x):
                 stat = os.stat(x)
-                about = (stat.st_size, int(stat.st_mtime))
+                about = (stat.st_size, stat.st_mtime_ns)
             digest.update(f"{x} {about}".encode())
         return digest.hexdigest()
+
+
+def lengths_of(frozen, tokens):
+    """How many tokens each input has, of so many in all."""
+    if frozen.modality == "text":
+        return [len(x) for x in frozen.inputs]
+    n = len(frozen.inputs)
+    return [tokens // n] * n
 
 
 class Cached:
     """The hidden states of all inputs at the boundary, computed once and kept on disk.
 
-    One file of (tokens, width), the inputs one after the other, opened as a memory map, and copied
-    to the GPU where there is room.
+    One .npy file of (tokens, width), the inputs one after the other, opened as a memory map, and
+    copied to the GPU where there is room. A damaged one is made again.
     """
 
     def __init__(self, frozen, width, cfg, device):
-        dtype = np.float16 if cfg.cache == "fp16" else np.float32
-        name = f"{frozen.modality}-{frozen.fingerprint(cfg.tune_blocks)}.{cfg.cache}"
+        dtype = np.dtype(np.float16 if cfg.cache == "fp16" else np.float32)
+        name = f"{frozen.modality}-{frozen.fingerprint(cfg.tune_blocks)}.{cfg.cache}.npy"
         path = Path(cfg.cache_dir) / name
-        n = len(frozen.inputs)
-        if not path.is_file():
+        hidden = self.opened(path, frozen, width, dtype)
+        if hidden is None:
             self.make(path, frozen, dtype, device)
-        self.hidden = torch.from_numpy(np.memmap(path, dtype, "c").reshape(-1, width))
-        if frozen.modality == "text":
-            lengths = [len(x) for x in frozen.inputs]
-        else:
-            lengths = [len(self.hidden) // n] * n
+            hidden = self.opened(path, frozen, width, dtype)
+        self.hidden = torch.from_numpy(hidden)
+        lengths = lengths_of(frozen, len(hidden))
         # where each input's tokens begin
         self.start = torch.tensor([0, *lengths], device=device).cumsum(0)
-        if device.type == "cuda" and self.hidden.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        if device.type == "cuda" and self.hidden.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.hidden = self.hidden.to(device)
+
+    def opened(self, path, frozen, width, dtype):
+        """The file as a memory map, None where there is none or it is damaged."""
+        if not path.is_file():
+            return None
+        try:
+            hidden = np.load(path, mmap_mode="c", allow_pickle=False)
+            fits = hidden.dtype == dtype and hidden.ndim == 2 and hidden.shape[1] == width
+            if fits and sum(lengths_of(frozen, len(hidden))) == len(hidden):
+                return hidden
+        except (ValueError, OSError, EOFError):    # cut off, or no .npy at all
+            pass
+        print(f"{path} is damaged: it is made again", flush=True)
+        return None
 
     def make(self, path, frozen, dtype, device):
         """Fill the file under another name, then rename it: it is there whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(f"{path}.{os.getpid()}")
+        for left in path.parent.glob(f"{path.name}.*"):    # by a run that was killed
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink(missing_ok=True)
+        partial = Path(f"{path}.{uuid.uuid4().hex[:8]}")
         begin = time.time()
         try:
             self.fill(partial, frozen, dtype, device)
@@ -338,13 +388,22 @@ class Cached:
 
     def fill(self, path, frozen, dtype, device):
         step = 256 if device.type == "cuda" else 32
+        inputs = frozen.inputs
         with open(path, "wb") as file, ThreadPoolExecutor() as pool, np.errstate(over="ignore"):
-            for first in range(0, len(frozen.inputs), step):
-                inputs = list(pool.map(frozen.read, frozen.inputs[first:first + step]))
-                hidden, mask = frozen.hidden(inputs, device)
-                rows = hidden[mask].cpu().numpy().astype(dtype)
+            for first in range(0, len(inputs), step):
+                batch = list(pool.map(frozen.read, inputs[first:first + step]))
+                hidden, mask = frozen.hidden(batch, device)
+                rows = hidden[mask].cpu().numpy()
+                check(np.isfinite(rows).all(),
+                      f"{frozen.modality}_encoder makes hidden states that are not finite")
+                rows = rows.astype(dtype)
                 check(np.isfinite(rows).all(),
                       f"{frozen.modality}_encoder has hidden states beyond fp16: give cache fp32")
+                if first == 0:    # all pictures have as many tokens as the first
+                    lengths = lengths_of(frozen, len(inputs) * mask.shape[1])
+                    header = np.lib.format.header_data_from_array_1_0(rows)
+                    header["shape"] = (sum(lengths), rows.shape[1])
+                    np.lib.format.write_array_header_1_0(file, header)
                 file.write(rows.tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -743,6 +802,17 @@ class MMSR(nn.Module):
             self.towers[m] = tower
             projected = not (both and cfg.fusion == "flava")
             self.project[m] = nn.Linear(tower.width, cfg.dim) if projected else nn.Identity()
+        different = max(len(set(wanted[m][1:])) for m in self.towers)
+        missing = {"both": "title and no picture", "text": "title", "image": "picture"}
+        check(different > 1 or self.n_items == 1,
+              f"no {missing[cfg.modality]} tells one item from another: give items.jsonl with them")
+        # items with one title and one picture are one: of each the first
+        first = {}
+        for i, pair in enumerate(zip(*(wanted[m][1:] for m in self.towers)), 1):
+            first.setdefault(pair, i)
+        first_alike = [first[pair] for pair in zip(*(wanted[m][1:] for m in self.towers))]
+        first_alike = torch.tensor([0, *first_alike])
+        self.register_buffer("first_alike", first_alike, persistent=False)    # (N+1,)
         if both:
             self.fusion = make_fusion(cfg, whole)
 
@@ -847,11 +917,18 @@ class MMSR(nn.Module):
         logits = logits.masked_fill(~allowed, -torch.inf)
         return F.cross_entropy(logits.mT, target, reduction="none")
 
+    @torch.no_grad()
     def encode_items(self):
-        """The table that score reads: item vectors (N+1, D)."""
+        """The table that score reads: item vectors (N+1, D). Without gradient: a step has its own.
+
+        Items with one title and one picture have one vector, to the last bit.
+        """
         ids = torch.arange(self.n_items + 1, device=self.first.device)
+        if self.item is None:
+            ids, place = self.first_alike.unique(return_inverse=True)
         parts = ids.split(1024 if ids.is_cuda else 256)
-        return torch.cat([self.items(part) for part in parts])
+        table = torch.cat([self.items(part) for part in parts])
+        return table if self.item is not None else table[place]
 
     def score(self, batch, table):
         """The last state times each item: scores (B, N+1)."""

@@ -22,7 +22,9 @@ Readings, where the paper is silent, misprinted or differs from the code its aut
  2. eq. 3: slots without a vector get no attention. An item without the modality has z = 0 and is no
     target and no negative of that modality's NIP. W_1 and W_2 learn (the code cuts their gradient).
  3. eqs. 4-5: experts with bias, all of them used; the gate has none, no noise, and starts even.
- 4. each item is dropped with probability rho, its pair (12) too, one stays, the rest moves up.
+ 4. each item but the first of a row is dropped with probability rho, and the rest moves up. Every
+    target stays, and is predicted from what is left before it: so the item just before it is
+    missing for a share rho of the targets.
  5. one p from U(0, 0.5) per batch; M^t and M^v come from one draw; padding is never swapped.
  6. causal Transformer, LayerNorm after the residual sums, GELU; positions from the end.
  7. eq. 6 as printed. use_proj false is W_t = W_v = 1, where both CMCL terms are the same; the
@@ -32,8 +34,9 @@ Readings, where the paper is silent, misprinted or differs from the code its aut
  9. large batches are contrasted in parts: memory grows with the square of the pairs (1024 there).
 10. pre-training runs to its last epoch, unvalidated.
 11. eq. 12: cosines over tau, as the code has it; cosine false: inner products, as printed.
-12. a target at every position instead of one row per prefix: the same pairs (S_j, i_j), faster and
-    as good. A user's pairs then share a batch, and are no negatives to each other.
+12. a target at every position instead of one row per prefix: the same pairs (S_j, i_j) of the last
+    max_len items, faster and as good. A user's pairs then share a batch and what random dropout
+    drops, and are no negatives to each other.
 13. w/o Pre-train and E2E: pretrain_epochs 0. freeze_transformer keeps the pre-trained positions and
     blocks; the modality encoders, the LayerNorm of the input and E learn.
 14. inner width 4 d_0 and dropout 0.2 are the code's.
@@ -92,6 +95,7 @@ class MSM4SRConfig:
     # the recipe, for the training loop
     lr: float = 1e-3                     # of fine-tuning; searched in 1e-4, 5e-4, 1e-3
     weight_decay: float = 0.0            # of both stages; searched in 1e-4, 5e-4, 1e-3
+    clip_norm: float = 0.0               # largest norm of a gradient; 0: any; not in the paper
     batch_size: int = 200                # sequences of 5 pairs: the paper's 1024 (reading 12)
     epochs: int = 300                    # of fine-tuning, at most; not in the paper
     patience: int = 10                   # "does not increase for 10 epochs"
@@ -149,6 +153,8 @@ class ModalityEncoder(nn.Module):
         kept = torch.cat([padding, has.nonzero()[:, 0]])  # padding, and items that have a vector
         if len(kept) < len(x):    # no copy of a catalog where all have one
             x, mask = x[kept], mask[kept]
+        if not x.sum().isfinite():    # what the mask calls missing may be anything
+            x = torch.where(mask[..., None], x, 0)
         row = has.cumsum(0) * has    # (N+1,) an item's row of x; 0: it has none
         self.register_buffer("x", x.to(self.scale.dtype), persistent=False)
         self.register_buffer("mask", mask, persistent=False)
@@ -270,13 +276,20 @@ class M2SE(nn.Module):
 
 # ---------------- pre-training, eqs. (6) to (11)
 
-def random_drop(seq, target, rho):
-    """Sequence random dropout: seq, target (B, L) without the dropped items (reading 4)."""
-    keep = (torch.rand(seq.shape, device=seq.device) >= rho) & (seq != 0)
-    keep[:, -1] |= ~keep.any(1)                       # the last one stays if all would go
+def random_drop(seq, rho):
+    """Sequence random dropout (reading 4): seq (B, L) without the dropped items, and where to look.
+
+    Returns what is left, moved to the right, (B, L), and for each place of seq the place in it of
+    the last item kept up to there, (B, L).
+    """
+    real = seq != 0
+    first = real & (real.cumsum(1) == 1)
+    keep = real & ((torch.rand(seq.shape, device=seq.device) >= rho) | first)
     order = keep.to(torch.uint8).argsort(dim=1, stable=True)    # the rest moves up, padding left
-    kept = keep.gather(1, order)
-    return seq.gather(1, order) * kept, target.gather(1, order) * kept
+    thinned = seq.gather(1, order) * keep.gather(1, order)
+    count = keep.cumsum(1)                                      # kept up to each place
+    place = seq.shape[1] - count[:, -1:] + count - 1
+    return thinned, place.clamp(min=0)                          # before the first: no target there
 
 
 def mixup(z_t, z_v, seq, p):
@@ -288,9 +301,14 @@ def mixup(z_t, z_v, seq, p):
 
 
 def similarity(a, b, tau):
-    """log f = cos(a, b) / tau of eq. (7), of all pairs of rows: (R, D), (R, D) -> (R, R)."""
-    cosine = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
-    return cosine.to(torch.promote_types(cosine.dtype, torch.float32)) / tau
+    """log f = cos(a, b) / tau of eq. (7), of all pairs of rows: (R, D), (R, D) -> (R, R).
+
+    At least in float32: bfloat16 is too coarse for a cosine over a small tau.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = F.normalize(a.to(wide), dim=-1), F.normalize(b.to(wide), dim=-1)
+        return a @ b.T / tau
 
 
 def nip(m_hat, m_tilde, z, excluded, weight, tau):
@@ -350,8 +368,9 @@ def contrast(cfg, m2se, W, batch, z=None):
     """NIP and CMCL of a batch, eqs. (6) to (11). z: of all items, where the caller has it."""
     seq = batch["seq"][:, -cfg.max_len:]
     target = batch["target"][:, -seq.shape[1]:]
+    read = None
     if m2se.training:
-        seq, target = random_drop(seq, target, cfg.rho)
+        seq, read = random_drop(seq, cfg.rho)
     place = torch.stack([seq, target])                            # (2, B, L): rows of z
     if z is None:
         ids = None
@@ -363,7 +382,10 @@ def contrast(cfg, m2se, W, batch, z=None):
     if m2se.training and cfg.use_mixup:
         p = cfg.p_max * torch.rand((), device=seq.device)         # reading 5
         streams = mixup(*streams, seq, p)
-    h = m2se.transform(streams, seq).flatten(1, 2)                # h^t, h^v: (2, R, D), R = B L
+    h = m2se.transform(streams, seq)                              # h^t, h^v: (2, B, L, D)
+    if read is not None:                                          # reading 4
+        h = h.gather(2, read[None, :, :, None].expand(len(h), -1, -1, h.shape[-1]))
+    h = h.flatten(1, 2)                                           # (2, R, D), R = B L
     target = target.flatten()                                     # (R,)
     answer = place[1].flatten()                                   # (R,) the target's row of z
     user = batch["user"][:, None].expand_as(seq).flatten()        # (R,)
@@ -555,6 +577,7 @@ def check_recipe(cfg):
     check(0 <= cfg.dropout < 1, f"dropout {cfg.dropout} must be from 0 to below 1")
     check(0 < cfg.lr < math.inf, f"lr {cfg.lr} must be above 0")
     check(0 <= cfg.weight_decay < math.inf, f"weight_decay {cfg.weight_decay} must not be negative")
+    check(0 <= cfg.clip_norm < math.inf, f"clip_norm {cfg.clip_norm} must not be negative")
 
 
 def check_catalog(catalog):

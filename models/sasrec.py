@@ -45,6 +45,7 @@ class SASRecConfig:
     optimizer: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
+    clip_norm: float = 0.0               # largest norm of a gradient; 0: any; not in the paper
     batch_size: int = 128                # as many targets as in so many rows of mean length
     epochs: int = 300
     patience: int = 20                   # epochs without a better validation NDCG@10
@@ -222,6 +223,7 @@ def check_recipe(cfg):
     check(0 <= cfg.dropout < 1, f"dropout {cfg.dropout} must be from 0 to below 1")
     check(0 < cfg.lr < math.inf, f"lr {cfg.lr} must be above 0")
     check(0 <= cfg.weight_decay < math.inf, f"weight_decay {cfg.weight_decay} must not be negative")
+    check(0 <= cfg.clip_norm < math.inf, f"clip_norm {cfg.clip_norm} must not be negative")
 
 
 def check_catalog(catalog):

@@ -87,6 +87,7 @@ class SRMMLConfig:
     optimizer: Literal["adam", "adamw"] = "adam"    # not in the paper
     lr: float = 1e-3                     # searched in 1e-3, 1e-4 (Implementation Details)
     weight_decay: float = 0.0
+    clip_norm: float = 0.0               # largest norm of a gradient; 0: any; not in the paper
     batch_size: int = 256                # not in the paper; STOSA's
     epochs: int = 300                    # at most; not in the paper
     patience: int = 50                   # "does not improve within 50 epochs"
@@ -527,6 +528,7 @@ def check_recipe(cfg):
     check(0 <= cfg.dropout < 1, f"dropout {cfg.dropout} must be from 0 to below 1")
     check(0 < cfg.lr < math.inf, f"lr {cfg.lr} must be above 0")
     check(0 <= cfg.weight_decay < math.inf, f"weight_decay {cfg.weight_decay} must not be negative")
+    check(0 <= cfg.clip_norm < math.inf, f"clip_norm {cfg.clip_norm} must not be negative")
 
 
 def check_catalog(catalog):

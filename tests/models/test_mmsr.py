@@ -586,10 +586,14 @@ def test_a_cache_changes_no_number(text, image, tmp_path, computed):
     assert loss.item() == pytest.approx(exact[0].item(), rel=.02)
     error = [found - right for found, right in zip(gradients, exact[1])]
     assert norm_of(error) < .1 * norm_of(exact[1])    # some ReLU turns over
-    sizes = {(name.partition("-")[0], name[-4:]): size for name, size in caches(tmp_path).items()}
-    assert len(sizes) == len(caches(tmp_path)) == 4
+    found = {}
+    for path in (tmp_path / "cache").iterdir():
+        found[path.name.partition("-")[0], path.suffixes[0]] = np.load(path)
+    assert len(found) == len(caches(tmp_path)) == 4
     for modality in ("text", "image"):
-        assert sizes[modality, "fp32"] == 2 * sizes[modality, "fp16"]
+        half, whole = found[modality, ".fp16"], found[modality, ".fp32"]
+        assert half.dtype == np.float16 and whole.dtype == np.float32
+        assert half.shape == whole.shape
     computed.clear()
     same(loss_and_gradients(make(tmp_path, **changes)), fp32, 0)
     assert not computed    # the second model opens what the first one made
@@ -925,11 +929,90 @@ def encoded(monkeypatch):
 
 
 def test_a_large_catalog_goes_in_parts(tmp_path, encoded):
-    model = make(tmp_path, make_catalog(tmp_path, 600)).eval()
+    catalog = make_catalog(tmp_path, 600)
+    catalog["titles"] = ["", *(f"{title} {i}" for i, title in enumerate(catalog["titles"][1:]))]
+    model = make(tmp_path, catalog).eval()
     table = model.encode_items()
+    assert not table.requires_grad
     assert encoded == [256, 256, 89]
     some = torch.tensor([1, 256, 257, 600])
     same(table[some], model.items(some))
+
+
+def test_items_with_one_title_and_one_picture_tie_to_the_last_bit(tmp_path, encoded):
+    catalog = make_catalog(tmp_path, 600)
+    for key in ("titles", "image_paths"):
+        for i in (300, 599):
+            catalog[key][i] = catalog[key][1]
+        catalog[key][600] = catalog[key][0]    # as padding has: but it is an item
+    catalog["titles"][2] = "a long title that makes its part of the catalog longer than others are"
+    table = make(tmp_path, catalog).eval().encode_items()
+    assert table[1].equal(table[300]) and table[1].equal(table[599])
+    assert table[600].any() and not table[0].any()
+    pairs = set(zip(catalog["titles"][1:], catalog["image_paths"][1:]))
+    assert sum(encoded) == len(pairs) + 1
+
+
+def test_nothing_that_tells_items_apart_is_refused(tmp_path):
+    catalog = make_catalog(tmp_path) | {"image_paths": [None] * (N + 1)}
+    make(tmp_path, catalog)
+    with pytest.raises(ValueError, match="no picture tells one item from another"):
+        make(tmp_path, catalog, modality="image")
+    catalog["titles"] = [""] * (N + 1)
+    with pytest.raises(ValueError, match="no title and no picture tells"):
+        make(tmp_path, catalog)
+
+
+def cut_off(path):
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size * 2 // 3)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def of_another_shape(path):
+    np.save(path, np.load(path)[:-1])
+
+
+@pytest.mark.parametrize("damage", [cut_off, emptied, of_another_shape])
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_a_damaged_cache_is_made_again(tmp_path, damage, modality, capsys):
+    whole = make(tmp_path).eval().encode_items()
+    [path] = (tmp_path / "cache").glob(f"{modality}-*")
+    damage(path)
+    capsys.readouterr()
+    assert make(tmp_path).eval().encode_items().equal(whole)
+    assert f"{path} is damaged: it is made again" in capsys.readouterr().out
+    assert make(tmp_path).eval().encode_items().equal(whole)
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_what_a_killed_run_left_of_a_cache_is_removed(tmp_path):
+    make(tmp_path).eval().encode_items()
+    [path] = (tmp_path / "cache").glob("text-*")
+    old, new = path.with_name(path.name + ".1a2b3c4d"), path.with_name(path.name + ".5e6f7a8b")
+    for left in (old, new):
+        left.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    path.unlink()
+    make(tmp_path).eval().encode_items()
+    assert path.is_file() and not old.exists() and new.exists()    # new: perhaps in the making
+
+
+def test_a_picture_changed_within_a_second_is_read_anew(tmp_path):
+    catalog = make_catalog(tmp_path)
+    before = make(tmp_path, catalog).eval().encode_items()
+    path = next(path for path in catalog["image_paths"] if path)
+    stat = os.stat(path)
+    with Image.open(path) as picture:
+        changed = Image.eval(picture, lambda x: 255 - x)
+    changed.save(path)
+    with open(path, "ab") as file:    # the size is a part of what is compared; time alone must do
+        file.write(b"\0" * max(0, stat.st_size - os.path.getsize(path)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert not make(tmp_path, catalog).eval().encode_items().equal(before)
 
 
 def test_evaluation_encodes_the_catalog_once(shop, tmp_path, encoded):
@@ -940,7 +1023,7 @@ def test_evaluation_encodes_the_catalog_once(shop, tmp_path, encoded):
 
 
 def draw_every_kind(folder):
-    """-> names of pictures that are alike, in groups: red, grey, and what cannot be read."""
+    """-> names of pictures that are alike, in groups: red, grey, white, and what is not read."""
     red = Image.new("RGB", (40, 30), "red")
     blue = Image.new("RGB", (40, 30), "blue")
     gradient = Image.linear_gradient("L")    # 256 x 256
@@ -950,6 +1033,13 @@ def draw_every_kind(folder):
     red.convert("RGBA").save(folder / "rgba.png")
     gradient.save(folder / "grey.png")
     gradient.convert("RGB").save(folder / "rgb.png")
+    turned = Image.Exif()
+    turned[274] = 6    # to be turned by 90 degrees
+    gradient.transpose(Image.ROTATE_90).save(folder / "turned.png", exif=turned)
+    Image.fromarray(np.asarray(gradient).astype(np.uint16) * 257).save(folder / "16bit.png")
+    Image.new("RGB", (40, 30), "white").save(folder / "white.png")
+    Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(folder / "transparent.png")
+    red.resize((1, 200)).save(folder / "thin.png")
     red.save(folder / "other.tiff")    # none of FORMATS
     red.resize((300, 300)).save(folder / "large.png")
     (folder / "text.jpg").write_text("<html>no picture</html>")
@@ -958,8 +1048,9 @@ def draw_every_kind(folder):
         (folder / "cut.png").write_bytes(file.read()[:2000])
     return (
         ["red.png", "film.gif", "palette.png", "rgba.png"],
-        ["grey.png", "rgb.png", "rgb.png"],
-        ["text.jpg", "cut.png", "other.tiff", "large.png", "absent.png", None],
+        ["grey.png", "rgb.png", "rgb.png", "turned.png", "16bit.png"],
+        ["white.png", "transparent.png"],
+        ["text.jpg", "cut.png", "other.tiff", "large.png", "thin.png", "absent.png", None],
     )
 
 
@@ -976,11 +1067,11 @@ def test_pictures_of_every_kind(tmp_path, capsys, monkeypatch):
     for kind in kinds:
         same(kind, kind[:1].expand_as(kind), 1e-6)
     first = torch.stack([kind[0] for kind in kinds])
-    assert (torch.cdist(first, first) + torch.eye(3) > .01).all()
+    assert (torch.cdist(first, first) + torch.eye(4) > .01).all()
     row_of = model.towers["image"].row_of.tolist()
     assert row_of[6] == row_of[7] and row_of[-1] == row_of[0] == 0
     printed = capsys.readouterr().out
-    assert "12 images to the boundary, 5 unreadable" in printed
+    assert "17 images to the boundary, 6 unreadable" in printed
 
 
 # ---------------- from the command line, from a folder
@@ -999,7 +1090,9 @@ def test_from_the_command_line(tmp_path):
     train("two", "--init", "runs/mmsr-one-0")
     train("one", "--item_encoder", "id", "--out", "id")
     train("one", "--modality", "text", "--out", "text")
-    train("one", "--modality", "image", "--user_encoder", "gru", "--out", "image")
+    done = train("one", "--modality", "image", "--out", "image", ok=False)
+    refused(done, "no picture tells one item from another")    # the shop has none
+    train("one", "--user_encoder", "gru", "--out", "gru")
     for more, words in (
         (("--text_encoder", tmp_path / "no-such-folder"), "no-such-folder"),
         (("--fusion", "flava"), "FLAVA"),
@@ -1103,4 +1196,4 @@ def test_states_beyond_fp16_end_a_run_in_one_sentence(folders, tmp_path):
     assert done.stderr.count("\n") == 1
     assert not caches(tmp_path)
     train("--cache", "fp32")
-    assert [name[-5:] for name in caches(tmp_path)] == [".fp32"]
+    assert [name[-9:] for name in caches(tmp_path)] == [".fp32.npy"]

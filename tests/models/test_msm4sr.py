@@ -166,23 +166,45 @@ def test_a_large_catalog_goes_in_parts(monkeypatch):
 def test_sequence_random_dropout():
     seq = torch.arange(1, 21).repeat(400, 1)
     seq[:100, :15] = 0
-    kept, target = msm.random_drop(seq, seq + 20 * (seq != 0), .2)
-    for row, before in zip(kept.tolist(), seq.tolist()):
+    thinned, place = msm.random_drop(seq, .2)
+    dropped = 0
+    for row, where, before in zip(thinned.tolist(), place.tolist(), seq.tolist()):
         items = [i for i in row if i]
-        assert items and set(items) <= set(before)
-        assert row == [0] * (20 - len(items)) + sorted(items)    # the rest moved up
-    assert torch.equal(target, torch.where(kept != 0, kept + 20, 0))    # a pair goes together
-    assert (kept != 0).sum() / (seq != 0).sum() == pytest.approx(.8, abs=.02)
-    unchanged, _ = msm.random_drop(seq, seq, 0.)
-    assert torch.equal(unchanged, seq)
+        assert set(items) <= set(before) and row == [0] * (20 - len(items)) + sorted(items)
+        first = before.count(0)
+        assert items[0] == before[first]    # it stays
+        for t in range(first, 20):    # every target is predicted from what is left before it
+            assert row[where[t]] == max(i for i in items if i <= before[t])
+            dropped += row[where[t]] != before[t]
+    assert (thinned != 0).sum() / (seq != 0).sum() == pytest.approx(.8, abs=.03)
+    assert dropped / (seq != 0).sum() == pytest.approx(.2, abs=.03)
+    unchanged, place = msm.random_drop(seq, 0.)
+    assert torch.equal(unchanged, seq) and torch.equal(place[150], torch.arange(20))
 
 
-def test_random_dropout_leaves_one():
-    seq = torch.tensor([[0, 0, 3, 4]]).repeat(50, 1)
-    kept, target = msm.random_drop(seq, seq + 1, .999)
-    assert ((kept != 0).sum(1) >= 1).all()
-    last = (kept == torch.tensor([0, 0, 0, 4])).all(1)
-    assert last.sum() > 40 and (target[last, -1] == 5).all()
+def test_random_dropout_leaves_the_first():
+    seq = torch.tensor([[0, 0, 3, 4], [0, 0, 0, 0]])
+    thinned, place = msm.random_drop(seq, .999999)
+    assert thinned.tolist() == [[0, 0, 0, 3], [0, 0, 0, 0]]
+    assert place[0, 2:].tolist() == [3, 3] and (place >= 0).all()
+
+
+@torch.no_grad()
+def test_every_target_counts_in_pre_training_whatever_is_dropped(monkeypatch):
+    """Losses are those of what is left before each target, one row per target."""
+    model = make("Pretrain", use_mixup=False, dropout=0.)
+    seq = torch.tensor([[3, 4, 5, 6]])
+    target = torch.tensor([[4, 5, 6, 7]])
+    left = torch.tensor([[0, 0, 3, 5]])    # 4 and 6 are dropped
+    places = torch.tensor([[2, 2, 3, 3]])
+    monkeypatch.setattr(msm, "random_drop", lambda seq, rho: (left, places))
+    found = model.train()({"user": torch.tensor([0]), "seq": seq, "target": target})
+    rows = torch.tensor([[0, 3], [0, 3], [3, 5], [3, 5]])
+    answers = torch.tensor([[0, 4], [0, 5], [0, 6], [0, 7]])
+    batch = {"user": torch.zeros(4, dtype=torch.long), "seq": rows, "target": answers}
+    expected = model.eval()(batch)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def test_complementary_mixup():
