@@ -37,7 +37,7 @@ Readings, where the paper is silent, misprinted or contradicts itself:
  9. eqs. 12-16: the centres of a target read what stands before it. With prefixes, the default, the
     training loop, which is not in this file, makes a row per prefix of a sequence, and its last
     place has the target. prefixes false: a row per user, a target and own centres at every place.
-10. rho_v = rho_t = 0.5 (the paper gives their sum alone, 1), and tau = 0.2 (not given).
+10. rho_v = rho_t = 0.5 (the paper gives their sum alone, 1); tau = 1, not given, by validation.
 11. eq. 19: the printed noise log(delta) - log(1 - delta) is logistic; Gumbel noise is taken, as the
     text says. None in testing.
 12. eqs. 20-24: raw dot products; the softmax is inside each cross entropy. 1/|U| sum_u covers L^s
@@ -90,7 +90,7 @@ class MDSRecConfig:
     mu_id: float = 16.0                  # mu^id: co-occurrence in the ids (Parameter Settings)
     mu_modal: float = 0.2                # mu^m: the same in the features (Parameter Settings)
     rho_image: float = 0.5               # rho_v; rho_t = 1 - rho_v (below eq. 17); reading 10
-    tau: float = 0.2                     # temperature of eq. 19; reading 10
+    tau: float = 1.0                     # temperature of eq. 19; reading 10
     use_dis: bool = True                 # w/o DIS, Table 3: every pair in a sequence counts 1
     use_cre: bool = True                 # w/o CRE, Table 3: modal graphs from the raw features
     use_mrgc: bool = True                # w/o MRGC, Table 3: a linear map in the graphs' place
@@ -122,7 +122,7 @@ PRESETS = {
     "baby": dict(neighbors=10, centers=32),
     "sports": dict(neighbors=20, centers=32),
     "clothing": dict(neighbors=15, centers=64),
-    "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, dropout=0.3, lr=2e-3),
+    "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, lr=2e-3),
     # long histories, where a row per prefix is slow
     "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False),
     "demo": dict(centers=4, dim=64, inner=128, lr=3e-3, epochs=20),

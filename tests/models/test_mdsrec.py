@@ -219,7 +219,7 @@ def test_a_users_centres_differ():
 @torch.no_grad()
 def test_scores_and_losses_eqs_17_to_24():
     rho = {"text": .7, "image": .3}
-    model = make(rho_image=.3).eval()
+    model = make(rho_image=.3, tau=.2).eval()
     table = model.encode_items()
     seq = torch.tensor([[0, 4, 5, 2, 9]])
     e_s = model.encode("id", seq, table["id"])[0][0, 0]
