@@ -196,12 +196,14 @@ class Data:
             users = np.repeat(users, lengths)
         return Rows(self, users, ends, max_len, device, kind)
 
-    def evaluated_rows(self, split, max_len, device="cpu") -> "Rows":
+    def evaluated_rows(self, split, max_len, device="cpu", most=None) -> "Rows":
         """One row per user with a target in `split` ("valid" or "test"); the input is everything
-        before the target."""
-        key = (split, max_len, str(device))
+        before the target. most: of so many of these users, the same ones always; None: of all."""
+        key = (split, max_len, str(device), most)
         if key not in self.evaluated:
             users = np.flatnonzero(self.targets[split] >= 0)
+            if most is not None and most < len(users):
+                users = np.sort(np.random.default_rng(0).choice(users, most, replace=False))
             ends = self.targets[split][users]
             self.evaluated[key] = Rows(self, users, ends, max_len, device, "evaluated")
         return self.evaluated[key]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from common.files import UserError, command
+from common.progress import Bar
 from data import COLD
 from loop.runs import open_run
 from sources import demo
@@ -100,7 +101,8 @@ def ranks_of(model, rows, device, budget=None):
     with ranking(model):
         table = model.encode_items()
         size = chunk_size(table, device, budget)
-        for first in range(0, len(rows), size):
+        starts = range(0, len(rows), size)
+        for first in Bar("ranking", len(starts), " parts").over(starts):
             part = slice(first, first + size)
             chunk, index = order[part], on_device[part]
             batch = rows.batch(index, int(rows.lengths[chunk].max()))
@@ -124,8 +126,10 @@ def chunk_size(table, device, budget=None) -> int:
     return min(max(budget // len(leaf), 1), 2048)
 
 
-def evaluate(model, dataset, cfg, split, device) -> dict:
+def evaluate(model, dataset, cfg, split, device, most=None) -> dict:
     """Full-ranking evaluation of one split ("valid" or "test").
+
+    most: so many of its users, drawn once and for all; None: all.
 
     Returns the metrics over all evaluated users, and under "masked" the same with histories
     masked, "groups" and "groups_masked" (name -> {"users": n, metrics}), "users" (how many),
@@ -134,7 +138,7 @@ def evaluate(model, dataset, cfg, split, device) -> dict:
     and picture. model: the contract's encode_items and score. cfg: needs max_len. Raises UserError
     for scores that are not finite.
     """
-    rows = dataset.evaluated_rows(split, cfg.max_len, device)
+    rows = dataset.evaluated_rows(split, cfg.max_len, device, most)
     try:
         plain, masked = ranks_of(model, rows, device)
     except ValueError as error:
@@ -308,13 +312,14 @@ def main():
         description="Evaluate a finished run; with two runs, compare them.", allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, such as runs/mdsrec-demo-0")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--data", help="where the data is now (default: where it was in training)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     args = parser.parse_args()
     if len(args.runs) > 2:
         raise UserError("give one run folder to evaluate, or two to compare")
     ranks, made_on = [], []
     for run in args.runs:
-        model, dataset, cfg, device = open_run(Path(run), args.device)
+        model, dataset, cfg, device = open_run(Path(run), args.device, args.data)
         result = evaluate(model, dataset, cfg, "test", device)
         print(table(Path(run).resolve().name, [summary(result)]))
         ranks.append(result["ranks"])

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 from common.encoders import BUILT_IN, open_encoder
@@ -49,6 +48,7 @@ from common.files import (
     set_aside,
     write_json,
 )
+from common.progress import Bar
 
 CLIP = "ViT-B-32:laion2b_s34b_b79k"    # the default for everything but the demo shops
 MOST = 10                              # sentences or pictures of one item
@@ -188,7 +188,7 @@ def in_parts(folder, encode, inputs, size, made_of):
     write_json(note, made_of)
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
     rows, failures, cut = [], {}, 0
-    with tqdm(total=len(inputs), desc="encoding", unit="", leave=False, disable=None) as bar:
+    with Bar("encoding", len(inputs)) as bar:
         for first in range(0, len(inputs), size):
             part = folder / f"{first}.safetensors"
             if not part.is_file():

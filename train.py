@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -27,6 +26,7 @@ from common.files import (
     save_tensors,
     write_json,
 )
+from common.progress import Bar
 from loop import runs, settings
 from loop.pretraining import prepare_pretraining
 from loop.report import write_report
@@ -47,6 +47,7 @@ SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 
 
 def main():
     args, module = settings.parse()
+    settings.check_flags(args)
     seeds = settings.seeds_of(args)
     device = pick_device(args.device)
     dataset = data.load_for(args)
@@ -232,7 +233,7 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
     if saved and saved.is_inside(stage.name):
         saved.restore(model, optimizer)
         progress = saved.progress
-    forward = torch.compile(model.forward, dynamic=True) if job.args.compile else model.forward
+    forward = compiled(model.forward) if job.args.compile else model.forward
     trainer = Trainer(
         model, forward, optimizer, job.device, job.cfg.batch_size,
         clip_norm=getattr(job.cfg, "clip_norm", 0),
@@ -252,7 +253,8 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
         line = {"stage": stage.name, "epoch": epoch, "losses": losses}
         line["seconds"] = time.perf_counter() - begin
         progress.epoch = epoch
-        if stage.validates:
+        last = epoch == stage.epochs
+        if stage.validates and (epoch % job.args.valid_every == 0 or last):
             line |= validate(job, model, progress, folder / stage.weights)
         progress.seconds += time.perf_counter() - begin
         runs.append_log(folder, line)
@@ -264,20 +266,41 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
 def is_over(stage, progress) -> bool:
     if progress.epoch >= stage.epochs:
         return True
-    return stage.validates and progress.epoch - progress.best_epoch >= stage.patience
+    return stage.validates and progress.checked - progress.best_epoch >= stage.patience
 
 
 def validate(job, model, progress, path) -> dict:
     """The validation metrics of an epoch. If it is the best so far, that goes into the progress and
     its weights into the file path."""
-    valid = evaluate.evaluate(model, job.dataset, job.cfg, "valid", job.device)
+    most = job.args.valid_users
+    valid = evaluate.evaluate(model, job.dataset, job.cfg, "valid", job.device, most)
     line = {"valid": evaluate.numbers_of(valid), "valid_masked": valid["masked"]}
+    progress.checked = progress.epoch
     line["selected_by"] = line["valid_masked" if job.args.mask_history else "valid"][SELECT]
     if line["selected_by"] > progress.best:
         progress.best = line["selected_by"]
         progress.best_epoch = progress.epoch
         save_tensors(path, model.state_dict())
     return line
+
+
+def compiled(forward):
+    """The step, compiled when it is first called. Raises UserError where that cannot be done."""
+    fast = torch.compile(forward, dynamic=True)
+
+    def call(batch):
+        try:
+            return fast(batch)
+        except Exception as error:
+            makers = ("torch._dynamo", "torch._inductor", "triton")
+            if not type(error).__module__.startswith(makers):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--compile cannot be used here ({reason}): it needs a C++ compiler, and Triton on "
+                f"a GPU; leave it out"
+            ) from None
+    return call
 
 
 def shown(line, progress) -> str:
@@ -329,11 +352,8 @@ def train_epoch(trainer, rows, rng, where) -> dict:
     not finite. where: what messages call this epoch."""
     trainer.model.train()
     watch = Watch(trainer.device)
-    batches = tqdm(
-        rows.epoch(trainer.batch_size, rng), desc=where, unit=" steps", leave=False, disable=None,
-        total=math.ceil(len(rows) / trainer.batch_size),
-    )
-    for batch, index in batches:
+    bar = Bar(where, math.ceil(len(rows) / trainer.batch_size), " steps")
+    for batch, index in bar.over(rows.epoch(trainer.batch_size, rng)):
         train_step(trainer, batch, watch, rows.users[index])
         if watch.steps % CHECK_EVERY == 0:
             watch.check(where, trainer.lr)

@@ -14,6 +14,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 try:
     import fcntl
@@ -29,6 +30,9 @@ class UserError(ValueError):
 
 def command(main):
     """Run a script's main(). A UserError becomes one line and exit code 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):    # a pipe or file on Windows cannot write every letter
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(main() or 0)
     except (UserError, OSError) as error:    # OSError: a full disk, a read-only folder
@@ -85,12 +89,15 @@ def save_tensors(path, tensors, about=None):
 
 
 def load_tensors(path):
-    """(tensors by name, the dict about them). Raises UserError where the file is damaged."""
+    """(tensors by name, the dict about them). Raises UserError where the file is damaged.
+
+    The tensors are copies: a file that is still mapped into memory cannot be replaced on Windows.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get("about", "{}")
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, json.loads(about)
+            return {name: file.get_tensor(name).clone() for name in names}, json.loads(about)
     except Exception as error:    # the reader has types of its own for each kind of damage
         raise UserError(
             f"{path} cannot be read ({error}): remove it and run the same command again"
@@ -154,9 +161,7 @@ def keys_sha256(keys) -> str:
 def pick_device(name=None):
     """torch.device of a name, or the best there is. Raises UserError for one that is not there."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu":
-            print(f"no GPU found: running on the CPU with {torch.get_num_threads()} threads")
+        name = best_device()
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -171,6 +176,40 @@ def pick_device(name=None):
         # float32 means float32 in convolutions and recurrent networks as well
         torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def best_device() -> str:
+    """cuda; mps where it can do what the models ask for; else cpu, and a line that says so."""
+    if torch.cuda.is_available():
+        return "cuda"
+    why = "no GPU found"
+    if torch.backends.mps.is_available():
+        lacking = lacks("mps")
+        if lacking is None:
+            return "mps"
+        why = f"the Apple GPU cannot do all that is needed ({lacking})"
+    print(f"{why}: running on the CPU with {torch.get_num_threads()} threads")
+    return "cpu"
+
+
+def lacks(device):
+    """What a device cannot do of the less usual things that the models ask for; None: nothing."""
+    try:
+        weight = torch.ones(8, 8, device=device, requires_grad=True)
+        torch.sparse.mm(torch.eye(8, device=device).to_sparse(), weight.detach())
+        ids = torch.arange(8, device=device)
+        ids.unique(return_inverse=True)
+        torch.searchsorted(ids, ids, right=True)
+        (ids > 3).to(torch.uint8).argsort(descending=True, stable=True)
+        pooled = F.embedding_bag(ids[:, None], weight, mode="mean")
+        x = pooled.view(1, 2, 4, 8)
+        mask = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device)
+        F.scaled_dot_product_attention(x, x, x, mask).sum().backward()
+        torch.optim.Adam([weight], fused=True).step()
+        weight.sum().item()
+    except Exception as error:    # each operation that is missing has an error of its own
+        return str(error).splitlines()[0]
+    return None
 
 
 def precision(device):

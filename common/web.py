@@ -29,10 +29,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
-from tqdm import tqdm
-
 from .files import UserError, atomic, set_aside, sha256
 from .pictures import SUFFIX, BadPicture, converted, opened
+from .progress import Bar
 
 PORTS = {"http": 80, "https": 443}
 HOPS = 5                  # redirects that are followed from one address
@@ -324,7 +323,7 @@ def store(answer, part, start):
         total = int(span[2])
     else:
         start = 0    # the server sends the file from its beginning
-    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
+    bar = Bar(f"fetching {part.stem}", total, " bytes", start)
     with open(part, "ab" if start else "wb") as file, bar:
         while chunk := answer.read1(1 << 18):    # what has come, so that a stall loses nothing
             file.write(chunk)
@@ -402,9 +401,8 @@ def fetch_pictures(items, folder, rules=None, threads=8, longest=30, most=10_000
     silent = []             # answers that never came, kept back until somebody answers
     with manifest.appending() as file, ThreadPool(threads) as pool:
         rows = pool.imap_unordered(crew.picture, jobs)
-        bar = tqdm(rows, total=len(jobs), desc="fetching pictures", leave=False, disable=None)
         try:
-            for row in bar:
+            for row in Bar("fetching pictures", len(jobs)).over(rows):
                 if row["status"] in SILENT:
                     silent.append(row)
                 elif row["status"] != "left":

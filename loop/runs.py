@@ -15,6 +15,7 @@ import random
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from common.files import (
 from .settings import has_recipe, load_model_file
 
 STAGES = ("pretrain", "train")    # in their order
+LONGER = ("epochs", "patience")   # settings that may grow when a run is resumed
+SINCE = {"valid_every": 1, "valid_users": None}    # of runs that were begun without these settings
 
 
 @dataclass
@@ -149,6 +152,7 @@ class Progress:
     epoch: int = 0            # the last one that is trained and validated
     best: float = -1.0        # the best "selected_by" of the log so far
     best_epoch: int = 0       # the epoch that had it
+    checked: int = 0          # the last epoch that is validated
     seconds: float = 0.0
 
     def includes(self, stage, epoch) -> bool:
@@ -253,6 +257,8 @@ def settings_of(job, seed) -> dict:
         "text": args.text,
         "image": args.image,
         "mask_history": args.mask_history,
+        "valid_every": args.valid_every,
+        "valid_users": args.valid_users,
         "train_share": args.train_share,
         "pretrain_data": args.pretrain_data,
         "cold_start": args.cold_start,
@@ -274,7 +280,10 @@ def run_folder(folder, settings, resume):
     aside = None
     if resume and (folder / "config.json").is_file():
         refuse_other_settings(folder, settings)
+        make_longer(folder, settings)
     else:
+        if resume:
+            print(f"--resume finds no run in {folder}: a new one begins", flush=True)
         if folder.exists():
             with alone_in(folder, wait=False):
                 aside = set_aside(folder)
@@ -297,13 +306,51 @@ def refuse_other_settings(folder, settings):
     """Raises UserError where a run was begun with other settings."""
     before = read_json(folder / "config.json")
     now = {**settings, **settings["config"]}
-    before = {**before, **before.get("config", {})}
-    changed = [name for name in now if name != "config" and before.get(name) != now[name]]
+    before = {**SINCE, **before, **before.get("config", {})}
+    # where the data lies is no setting: sequences_sha256 says whether it is the same
+    changed = [name for name in now if name not in ("config", "data")]
+    changed = [name for name in changed if before.get(name) != now[name]]
+    longer = [name for name in changed if name in LONGER and before.get(name, 0) < now[name]]
+    if "epochs" in longer and now.get("schedule", "constant") != "constant":
+        raise UserError(
+            f"{folder} cannot be given more epochs: its learning rate follows --schedule "
+            f"{now['schedule']} over {before['epochs']} epochs; train it anew without --resume"
+        )
+    changed = [name for name in changed if name not in longer]
     if changed:
         raise UserError(
             f"{folder} was begun with other settings ({', '.join(changed)}): resume with the same "
             f"command, or leave --resume out"
         )
+
+
+def make_longer(folder, settings):
+    """More epochs or patience than a run was begun with: it is no longer finished."""
+    before = read_json(folder / "config.json")
+    shorter = any(
+        before["config"].get(name, 0) < settings["config"].get(name, 0) for name in LONGER
+    )
+    if shorter and (folder / "metrics.json").is_file():
+        aside = set_aside(folder / "metrics.json")
+        print(f"{folder} goes on; its metrics so far are now {aside.name}", flush=True)
+    write_json(folder / "config.json", settings)
+
+
+def where_data_is(folder, settings):
+    """The processed data of a run: where it was, else a folder near by with the same sequences."""
+    before = Path(settings["data"])
+    if (before / "source.json").is_file():
+        return before
+    roots = [Path("data"), *(parent / "data" for parent in folder.resolve().parents[:3])]
+    for root in roots:
+        for about in sorted(root.glob("*/source.json")):
+            if read_json(about).get("sequences_sha256") == settings["sequences_sha256"]:
+                print(f"the data of {folder} is {about.parent} now, no longer {before}", flush=True)
+                return about.parent
+    raise UserError(
+        f"the data of {folder} is no longer {before}: say where it is, as evaluate.py {folder} "
+        f"--data FOLDER"
+    )
 
 
 @dataclass
@@ -313,8 +360,11 @@ class Features:
     image: str
 
 
-def open_run(folder, device=None):
-    """A finished run's folder -> (model with its best weights, dataset, cfg, device)."""
+def open_run(folder, device=None, where=None):
+    """A finished run's folder -> (model with its best weights, dataset, cfg, device).
+
+    where: the data, if it is no longer where it was in training.
+    """
     if not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{folder} holds no finished run (no model.safetensors): give a folder that train.py "
@@ -323,9 +373,8 @@ def open_run(folder, device=None):
     settings = read_json(folder / "config.json")
     module = load_model_file(settings["model_file"])
     device = pick_device(device)
-    dataset = data.load(
-        settings["data"], split=settings["split"], train_share=settings["train_share"]
-    )
+    where = where or where_data_is(folder, settings)
+    dataset = data.load(where, split=settings["split"], train_share=settings["train_share"])
     if dataset.about["sequences_sha256"] != settings["sequences_sha256"]:
         raise UserError(
             f"{folder} was trained on other data than {dataset.folder} holds now: train it again"

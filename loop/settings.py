@@ -186,7 +186,10 @@ def train_flags():
     add("--seed", type=int, default=0, help="seed of weights, order and dropout (default: 0)")
     add("--seeds", help="several seeds, such as 0,1,2: prints mean and standard deviation as well")
     add("--mask_history", action="store_true", help="select the epoch by masked validation metrics")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--valid_every", type=int, default=1, help="validate every so many epochs (default: 1)")
+    add("--valid_users", type=int,
+        help="select the epoch on so many validation users, drawn once (default: all)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--pretrain_data", "--pretrain-data",
         help="pre-train on other data sets than --data, one or several: A,B")
@@ -273,3 +276,11 @@ def seeds_of(args) -> list:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {args.seeds} names a seed twice: give each once")
     return seeds
+
+
+def check_flags(args):
+    """Raises UserError for values of the shared flags that make no sense."""
+    for name in ("valid_every", "valid_users"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")

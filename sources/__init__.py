@@ -175,8 +175,12 @@ def folder_name(folder, root, suffix) -> str:
     if name in (*NAMES, "raw", "cache") or re.match(r"amazon20\d\d-", name):
         name += "-folder"
     taken = root / (name + suffix) / "source.json"
-    if taken.is_file() and read_json(taken).get("from") != str(resolved):
-        name += f"-{keys_sha256([str(resolved)])[:6]}"
+    if taken.is_file():
+        about = read_json(taken)
+        before = about.get("from", "")
+        moved = not Path(before).exists() and same_files(raw_files(folder), about.get("files", {}))
+        if before != str(resolved) and not moved:
+            name += f"-{keys_sha256([str(resolved)])[:6]}"
     return name
 
 
@@ -188,8 +192,10 @@ def what_changed(order):
     if not (order.out / "source.json").is_file():
         return "it was not prepared yet"
     about = read_json(order.out / "source.json")
-    if (about.get("format"), about.get("from")) != (FORMAT, order.origin):
-        return "it was prepared from something else"
+    if about.get("format") != FORMAT:
+        return "it was prepared in another format"
+    if about.get("from") != order.origin:
+        return "it was prepared from another folder"
     if about.get("code", order.code) != order.code:
         return f"the code of sources/{Path(order.source.__file__).name} has changed"
     if order.pictures > about.get("pictures_in", 0):

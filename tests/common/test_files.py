@@ -2,6 +2,8 @@
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -23,6 +25,7 @@ from common.files import (
     sha256,
     write_json,
 )
+from helpers import ROOT
 
 # ---------------- a script's end
 
@@ -201,3 +204,27 @@ def test_the_device(monkeypatch, capsys):
     with precision(torch.device("cpu")):    # plain float32
         x = torch.ones(2, 2)
         assert (x @ x).dtype == torch.float32
+
+
+def test_an_apple_gpu_is_picked_where_it_can_do_what_is_needed(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(files, "lacks", lambda device: None)
+    assert files.best_device() == "mps" and capsys.readouterr().out == ""
+    monkeypatch.setattr(files, "lacks", lambda device: "no sparse matrices")
+    assert files.best_device() == "cpu"
+    assert "the Apple GPU cannot do all that is needed (no sparse" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert files.lacks("cpu") is None
+    assert files.lacks("meta") is not None    # a device on which numbers cannot be read
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_that_cannot_be_encoded_does_not_end_a_run(tmp_path, encoding):
+    code = "from common.files import command; command(lambda: print('数据集 ±'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"???")

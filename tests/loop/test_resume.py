@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.files import load_tensors
+from common.files import load_tensors, save_tensors
 from helpers import ROOT, refused, run
 from loop.runs import Progress, Saved, cut_log, save_state
 
@@ -134,3 +134,79 @@ def test_resume_refuses_other_settings(shop, tmp_path):
     done = run("train.py", *args, "--resume", "--lr", "0.5", cwd=tmp_path, ok=False)
     refused(done, "(lr)")
     assert "is finished" in run("train.py", *args, "--resume", cwd=tmp_path).stdout
+
+
+SHORT = ("--model", "sasrec", "--data", "shop", "--dim", 8, "--device", "cpu")
+
+
+@pytest.mark.parametrize("valid_every", [1, 2])
+def test_a_run_can_be_given_more_epochs(shop, tmp_path, valid_every):
+    args = (*SHORT, "--patience", 9, "--valid_every", valid_every)
+    run("train.py", *args, "--epochs", 6, "--out", "whole", cwd=tmp_path)
+    run("train.py", *args, "--epochs", 4, "--out", "longer", cwd=tmp_path)
+    whole, longer = tmp_path / "whole/sasrec-shop-0", tmp_path / "longer/sasrec-shop-0"
+    before = (longer / "metrics.json").read_text()
+    done = run("train.py", *args, "--epochs", 6, "--out", "longer", "--resume", cwd=tmp_path)
+    assert "goes on; its metrics so far are now metrics.json~1" in done.stdout
+    assert "train epoch   4" not in done.stdout and "train epoch   5" in done.stdout
+    assert (longer / "metrics.json~1").read_text() == before
+    assert log_of(longer) == log_of(whole)
+    for file in ("model.safetensors", "ranks-test.npy"):
+        assert (whole / file).read_bytes() == (longer / file).read_bytes()
+    again = run("train.py", *args, "--epochs", 6, "--out", "longer", "--resume", cwd=tmp_path)
+    assert "is finished" in again.stdout
+
+
+def test_a_run_can_be_given_more_patience_but_no_less(shop, tmp_path):
+    args = (*SHORT, "--epochs", 60, "--lr", 0.05)
+    run("train.py", *args, "--patience", 1, cwd=tmp_path)
+    folder = tmp_path / "runs/sasrec-shop-0"
+    epochs = metrics_of(folder)["epochs"]
+    assert epochs < 60
+    run("train.py", *args, "--patience", 3, "--resume", cwd=tmp_path)
+    assert metrics_of(folder)["epochs"] >= epochs + 2
+    done = run("train.py", *args, "--patience", 2, "--resume", cwd=tmp_path, ok=False)
+    refused(done, "begun with other settings (patience)")
+
+
+def test_more_epochs_are_refused_where_the_learning_rate_depends_on_them(shop, tmp_path):
+    args = ("--model", "fmmsrec", "--data", "shop", *CONTENT, "--dim", 8, "--pretrain_epochs", 0,
+            "--schedule", "cosine")
+    run("train.py", *args, "--epochs", 1, cwd=tmp_path)
+    done = run("train.py", *args, "--epochs", 2, "--resume", cwd=tmp_path, ok=False)
+    refused(done, "its learning rate follows --schedule cosine over 1 epochs")
+
+
+def test_resume_says_when_there_is_nothing_to_resume(shop, tmp_path):
+    done = run("train.py", *SHORT, "--epochs", 1, "--resume", cwd=tmp_path)
+    assert "--resume finds no run in runs/sasrec-shop-0: a new one begins" in done.stdout
+
+
+def test_a_project_that_was_moved_is_found_again(shop, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    shop.rename(old / "shop")
+    args = ("--model", "mdsrec", "--data", "shop", *CONTENT, "--dim", 8, "--device", "cpu")
+    run("train.py", *args, "--epochs", 1, cwd=old)
+    before = metrics_of(old / "runs/mdsrec-shop-0")
+    old.rename(new)
+    done = run("evaluate.py", "runs/mdsrec-shop-0", "--device", "cpu", cwd=new)
+    assert "data/shop now, no longer" in done.stdout
+    done = run("train.py", *args, "--epochs", 1, "--resume", cwd=new)
+    assert "runs/mdsrec-shop-0 is finished" in done.stdout
+    elsewhere = tmp_path / "elsewhere"
+    (new / "runs").rename(elsewhere)
+    new = new.rename(tmp_path / "newer")
+    args = ("evaluate.py", elsewhere / "mdsrec-shop-0", "--device", "cpu")
+    refused(run(*args, cwd="/", ok=False), "say where it is, as evaluate.py")
+    done = run(*args, "--data", new / "data/shop", cwd=tmp_path)
+    assert f"{before['test']['recall@10']:.4f}" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of maps here")
+def test_tensors_that_were_read_do_not_map_their_file(tmp_path):
+    """Windows refuses to replace a file that is mapped into memory."""
+    save_tensors(tmp_path / "state.safetensors", {"a": torch.ones(100_000)})
+    tensors, _ = load_tensors(tmp_path / "state.safetensors")
+    assert "state.safetensors" not in Path("/proc/self/maps").read_text()
+    assert tensors["a"].sum() == 100_000

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import data as datasets
 import train
 from common.files import UserError, alone_in
 from helpers import ROOT, refused, run, write_shop
@@ -333,3 +334,59 @@ def test_a_model_with_weights_and_no_recipe_is_refused(tmp_path):
     (tmp_path / "bare.py").write_text(text.replace(recipe, "\n\n").replace(pretrain, ""))
     done = run("train.py", "--model", "bare.py", "--data", "shop", cwd=tmp_path, ok=False)
     refused(done, "its Config has no recipe")
+
+
+# ---------------- validation of large sets
+
+def test_validation_every_few_epochs_and_at_the_last(shop, tmp_path):
+    run("train.py", *SASREC, "--epochs", 5, "--valid_every", 2, cwd=tmp_path)
+    folder = tmp_path / "runs/sasrec-shop-0"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log if "valid" in row] == [2, 4, 5]
+    assert json.loads((folder / "metrics.json").read_text())["best_epoch"] in (2, 4, 5)
+
+
+def test_patience_waits_for_a_validation(shop, tmp_path):
+    flags = ("--epochs", 40, "--patience", 1, "--valid_every", 3, "--lr", 0.1)
+    run("train.py", *SASREC, *flags, cwd=tmp_path)
+    result = json.loads((tmp_path / "runs/sasrec-shop-0/metrics.json").read_text())
+    assert result["epochs"] % 3 == 0 and result["epochs"] == result["best_epoch"] + 3
+
+
+def test_the_epoch_is_selected_on_some_users_and_reported_on_all(shop, tmp_path):
+    data = datasets.load(shop, root=tmp_path / "data")
+    some = data.evaluated_rows("valid", 50, most=10)
+    everybody = data.evaluated_rows("valid", 50)
+    assert len(some) == 10 and set(some.users) < set(everybody.users)
+    assert data.evaluated_rows("valid", 50, most=10) is some
+    assert len(data.evaluated_rows("valid", 50, most=10_000)) == len(everybody)
+    run("train.py", *SASREC, "--epochs", 2, "--valid_users", 10, cwd=tmp_path)
+    folder = tmp_path / "runs/sasrec-shop-0"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for row in log:    # a share of ten users
+        hits = 10 * row["valid"]["recall@10"]
+        assert hits == pytest.approx(round(hits))
+    result = json.loads((folder / "metrics.json").read_text())
+    whole = len(everybody) * result["valid"]["recall@10"]
+    assert whole == pytest.approx(round(whole))
+    refused(run("train.py", *SASREC, "--valid_users", 0, cwd=tmp_path, ok=False),
+            "--valid_users 0 must be at least 1")
+
+
+def test_compile_without_a_compiler_ends_in_one_sentence(shop, tmp_path, monkeypatch):
+    class Missing(torch._inductor.exc.InductorError):
+        def __init__(self):
+            Exception.__init__(self, "InvalidCxxCompiler: No working C++ compiler found")
+
+    def broken(forward, dynamic):
+        def call(batch):
+            raise Missing
+        return call
+
+    Missing.__module__ = "torch._inductor.exc"
+    monkeypatch.setattr(torch, "compile", broken)
+    done = run("train.py", *SASREC, "--compile", cwd=tmp_path, ok=False)
+    refused(done, "--compile cannot be used here (InvalidCxxCompiler")
+    with pytest.raises(ZeroDivisionError):    # other errors stay what they are
+        monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)
+        train.compiled(lambda batch: 1 / 0)({})

@@ -392,11 +392,12 @@ def test_features_that_came_with_the_data_are_not_replaced_by_older_ones(tmp_pat
 
 def test_a_folder_of_another_format_or_origin_is_made_anew(mine, root, capsys):
     out = prepare("mine", root)
-    for number, change in enumerate(({"format": 2}, {"from": "elsewhere"}), start=1):
+    changes = {"in another format": {"format": 2}, "from another folder": {"from": "elsewhere"}}
+    for number, (reason, change) in enumerate(changes.items(), start=1):
         about = read_json(out / "source.json")
         (out / "source.json").write_text(json.dumps(about | change))
         prepare("mine", root)
-        told = f"it was prepared from something else; the old folder is now {out}~{number}"
+        told = f"it was prepared {reason}; the old folder is now {out}~{number}"
         assert told in lines_of(capsys)[-1]
         assert read_json(out / "source.json") == about
 
