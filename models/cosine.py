@@ -78,6 +78,29 @@ def check_catalog(catalog):
             fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
             got += f" of {len(value)}" if hasattr(value, "__len__") else ""
         check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
+    for key, form in CATALOG.items():
+        if form.startswith("float"):
+            there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
+            check_numbers(key, catalog[key], there)
+    ids = set().union(*catalog.get("train_seqs", ()))
+    check(ids <= set(range(1, N + 1)),
+          f"catalog['train_seqs'] has ids that are not from 1 to {N}: {list(ids)[:3]}, ...")
+
+
+def check_numbers(key, value, there):
+    """Raises ValueError for features that are not finite, or too large for a square in float32.
+
+    there: bool, where they are read; None: everywhere.
+    """
+    for first in range(0, len(value), 4096):
+        rows = slice(first, first + 4096)
+        bad = ~(value[rows].abs() < 1e15).all(-1)    # NaN is below nothing
+        if there is not None:
+            bad &= there[rows].bool()
+        items = bad.flatten(1).any(1) if bad.dim() > 1 else bad
+        number = items.nonzero()[:3, 0] + first
+        check(len(number) == 0, f"catalog[{key!r}] has numbers that are not finite, or above 1e15, "
+                                f"for items {number.tolist()}")
 
 
 if __name__ == "__main__":    # a check that this file works where it was copied to

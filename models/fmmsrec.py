@@ -131,9 +131,10 @@ PRESETS = {
 
 def standardised(x, has):
     """(N+1, D) -> per dimension mean 0 and deviation 1 over the items that have it; else 0."""
+    has = has[:, None]
     count = has.sum().clamp(min=1)
-    mean = (x * has[:, None]).sum(0) / count
-    x = (x - mean) * has[:, None]
+    mean = torch.where(has, x, 0).sum(0) / count
+    x = torch.where(has, x - mean, 0)    # what is missing may be anything, NaN as well
     deviation = (x.square().sum(0) / count).sqrt()
     return x / deviation.clamp(min=1e-6)
 
@@ -445,7 +446,7 @@ class FMMSRec(nn.Module):
         Inner places are masked in training only. The sum of both is the mean over all masked
         places (reading 15). Of "target" only the last column is read (reading 14).
         """
-        seq = batch["seq"][:, -self.cfg.max_len:]
+        seq = recent(self, batch)
         target = batch["target"][:, -1]
         table = self.encode_items()
         if not self.training:    # as in testing: [mask] at the end only
@@ -481,7 +482,7 @@ class FMMSRec(nn.Module):
 
     def score(self, batch, table):
         """Scores (B, N+1): cosine(h, h_j) / tau; column 0 is padding's and means nothing."""
-        seq = batch["seq"][:, -self.cfg.max_len:]
+        seq = recent(self, batch)
         return self.last_state(seq, table) @ table["item"].T
 
 
@@ -570,6 +571,45 @@ def check_catalog(catalog):
             fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
             got += f" of {len(value)}" if hasattr(value, "__len__") else ""
         check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
+    for key, form in CATALOG.items():
+        if form.startswith("float"):
+            there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
+            check_numbers(key, catalog[key], there)
+    ids = set().union(*catalog.get("train_seqs", ()))
+    check(ids <= set(range(1, N + 1)),
+          f"catalog['train_seqs'] has ids that are not from 1 to {N}: {list(ids)[:3]}, ...")
+
+
+def check_numbers(key, value, there):
+    """Raises ValueError for features that are not finite, or too large for a square in float32.
+
+    there: bool, where they are read; None: everywhere.
+    """
+    for first in range(0, len(value), 4096):
+        rows = slice(first, first + 4096)
+        bad = ~(value[rows].abs() < 1e15).all(-1)    # NaN is below nothing
+        if there is not None:
+            bad &= there[rows].bool()
+        items = bad.flatten(1).any(1) if bad.dim() > 1 else bad
+        number = items.nonzero()[:3, 0] + first
+        check(len(number) == 0, f"catalog[{key!r}] has numbers that are not finite, or above 1e15, "
+                                f"for items {number.tolist()}")
+
+
+def recent(model, batch):
+    """"seq" of a batch, the last cfg.max_len items of each row: (B, L).
+
+    Raises ValueError for what would go wrong without a word: rows that are padded on the right
+    (on a GPU nobody looks, as a step would have to wait for the answer), and coarse weights.
+    """
+    dtype = next(model.parameters()).dtype
+    check(dtype in (torch.float32, torch.float64),
+          f"weights in {dtype} are too coarse: leave them in float32, and use torch.autocast")
+    seq = batch["seq"][:, -model.cfg.max_len:]
+    if not seq.is_cuda and not torch.compiler.is_compiling():
+        check(((seq[:, -1] != 0) | (seq == 0).all(1)).all(),
+              "rows of seq must be padded with 0 on the left, the newest item last")
+    return seq
 
 
 class Buffers(nn.Module):

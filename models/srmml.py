@@ -417,7 +417,7 @@ class SRMML(nn.Module):
     def forward(self, batch):
         """{"next_item": loss} of a batch: "seq" and "target" (B, L), 0 = padding or no target."""
         table = self.encode_items()
-        seq = batch["seq"][:, -self.cfg.max_len:]
+        seq = recent(self, batch)
         target = batch["target"][:, -seq.shape[1]:]
         states = self.states(seq, table)                                      # (B, L, 2d)
         if self.cfg.prefixes:    # one target a row, the last
@@ -434,7 +434,7 @@ class SRMML(nn.Module):
 
         Without the temperature of the loss, which changes no rank.
         """
-        seq = batch["seq"][:, -self.cfg.max_len:]
+        seq = recent(self, batch)
         state = self.states(seq, table)[:, -1]                                # (B, 2d)
         if self.cfg.use_gaussian:
             return -wasserstein(state, table["point"])                        # eq. (16)
@@ -548,6 +548,45 @@ def check_catalog(catalog):
             fits = isinstance(value, list) and ("N+1" not in form or len(value) == N + 1)
             got += f" of {len(value)}" if hasattr(value, "__len__") else ""
         check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
+    for key, form in CATALOG.items():
+        if form.startswith("float"):
+            there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
+            check_numbers(key, catalog[key], there)
+    ids = set().union(*catalog.get("train_seqs", ()))
+    check(ids <= set(range(1, N + 1)),
+          f"catalog['train_seqs'] has ids that are not from 1 to {N}: {list(ids)[:3]}, ...")
+
+
+def check_numbers(key, value, there):
+    """Raises ValueError for features that are not finite, or too large for a square in float32.
+
+    there: bool, where they are read; None: everywhere.
+    """
+    for first in range(0, len(value), 4096):
+        rows = slice(first, first + 4096)
+        bad = ~(value[rows].abs() < 1e15).all(-1)    # NaN is below nothing
+        if there is not None:
+            bad &= there[rows].bool()
+        items = bad.flatten(1).any(1) if bad.dim() > 1 else bad
+        number = items.nonzero()[:3, 0] + first
+        check(len(number) == 0, f"catalog[{key!r}] has numbers that are not finite, or above 1e15, "
+                                f"for items {number.tolist()}")
+
+
+def recent(model, batch):
+    """"seq" of a batch, the last cfg.max_len items of each row: (B, L).
+
+    Raises ValueError for what would go wrong without a word: rows that are padded on the right
+    (on a GPU nobody looks, as a step would have to wait for the answer), and coarse weights.
+    """
+    dtype = next(model.parameters()).dtype
+    check(dtype in (torch.float32, torch.float64),
+          f"weights in {dtype} are too coarse: leave them in float32, and use torch.autocast")
+    seq = batch["seq"][:, -model.cfg.max_len:]
+    if not seq.is_cuda and not torch.compiler.is_compiling():
+        check(((seq[:, -1] != 0) | (seq == 0).all(1)).all(),
+              "rows of seq must be padded with 0 on the left, the newest item last")
+    return seq
 
 
 if __name__ == "__main__":    # a check that this file works where it was copied to
