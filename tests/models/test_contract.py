@@ -569,6 +569,79 @@ class Largest(TorchDispatchMode):
         return out
 
 
+# ---------------- dropout, and the numbers that the papers state
+
+# of a training step with two layers: how often something is dropped, and in fused attention
+DROPPED = {
+    ("sasrec", "Model"): (1 + 2 * 2, 2),                # the input, twice in each block
+    ("mdsrec", "Model"): (3 * (1 + 2 * 2) + 2 * 2 * 2, 3 * 2 + 2 * 2),    # centres pass blocks, too
+    ("srmml", "Model"): (3 + 2 + 2 * 2 * 2, 0),         # heads, inputs, both streams in each layer
+    ("fmmsrec", "Model"): (2 * (1 + 2 * 2) + 2, 2),     # two towers; in items' attention by hand
+    ("fmmsrec", "Pretrain"): (2 * (1 + 2 * 2 + 2), 0),  # items, and pairs that do not match
+    ("msm4sr", "Model"): (2 + 1 + 2 * 2, 2),            # experts of both modalities, the input, ...
+    ("msm4sr", "Pretrain"): (2 + 1 + 2 * 2, 2),
+}
+
+
+@pytest.mark.parametrize("name, kind", DROPPED)
+def test_everything_that_is_to_be_dropped_is(name, kind, tmp_path, monkeypatch):
+    given = {"dropout": .3, "input_dropout": .3, "layers": 2}
+    model = make(name, tmp_path, kind, **given)
+    dropped, attended = [], []
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+
+    def watched_dropout(x, p=.5, training=True, inplace=False):
+        dropped.append((p, training))
+        return dropout(x, p, training)
+
+    def watched_attention(*args, dropout_p=0., **more):
+        attended.append(dropout_p)
+        return attention(*args, dropout_p=dropout_p, **more)
+
+    monkeypatch.setattr(F, "dropout", watched_dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched_attention)
+    model.train()(stage_batch(model))
+    number, fused = DROPPED[name, kind]
+    assert dropped == [(.3, True)] * number
+    assert attended == [.3] * fused
+    dropped.clear()
+    attended.clear()
+    model.eval()(stage_batch(model))
+    assert all(not training or p == 0 for p, training in dropped)
+    assert all(p == 0 for p in attended)
+
+
+STATED = {
+    "srmml": dict(gate_scale=2.0, patience=50),
+    "fmmsrec": dict(lr=1e-3, mask_ratio=.2, max_len=20, optimizer="adam"),
+    "mdsrec": dict(dim=300, batch_size=512, mu_id=16., mu_modal=.2, neighbors=10, centers=32,
+                   patience=10, optimizer="adam"),
+    "msm4sr": dict(dim=64, attention_dim=64, experts=8, rho=.2, p_max=.5, tau=.07, lam=.01,
+                   pretrain_epochs=300, pretrain_lr=1e-3, patience=10),
+    "mmsr": dict(dim=768, lr=1e-4, encoder_lr=1e-4, weight_decay=.1, encoder_weight_decay=0.,
+                 max_len=20, max_tokens=50, epochs=150, tune_blocks=2, schedule="step",
+                 optimizer="adamw", loss="bce"),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_settings_are_those_that_the_paper_states(name):
+    cfg = dataclasses.asdict(MODULES[name].Config())
+    assert {key: cfg[key] for key in STATED[name]} == STATED[name]
+    assert MODULES["srmml"].Config().dropout in (.3, .5, .7)
+
+
+@pytest.mark.parametrize("name", [name for name in SOFTMAX if name != "mmsr"])
+def test_weights_start_small(name, tmp_path):
+    """Matrices at a deviation of .02, but for those that a reading starts otherwise."""
+    model = make(name, tmp_path, dim=64)
+    others = ("fusion.", "position", "W_3")    # SRMML's content, FMMS-Rec's positions, even experts
+    for key, weight in model.named_parameters():
+        large = weight.dim() > 1 and weight.numel() > 500
+        if large and not any(part in key for part in others):
+            assert weight.std().item() == pytest.approx(.02, rel=.2), key
+
+
 # ---------------- what a GPU would do, seen on a CPU
 # fake tensors have shape, type and device, and raise where a value is asked for
 

@@ -102,6 +102,38 @@ def test_clusters_of_nothing_and_of_equal_items():
     assert (mdsrec.k_means(torch.ones(9, 4), 3).sum(1) > 0).sum() == 1
 
 
+@pytest.mark.parametrize("max_len", [3, 10])
+def test_graphs_and_clusters_of_each_modality_eqs_3_4_5_10(max_len):
+    model = make(max_len=max_len, mu_modal=.7)
+    O = co_occurrence(max_len)
+    image = 3 * make_features(7)    # of any length: reading 2
+    image[3] = 0
+    for m, features in (("text", make_features(5)), ("image", image)):
+        E = F.normalize(features, dim=-1)
+        mixed = E + .7 * O @ E                                                      # eq. (3)
+        for i in range(1, N + 1):
+            if not mixed[i].any():
+                continue
+            others = [j for j in range(1, N + 1) if mixed[j].any()]
+            alike = {j: F.cosine_similarity(mixed[i], mixed[j], dim=0).item() for j in others}
+            expected = sorted(others, key=alike.get, reverse=True)[:4]              # eqs. (4), (5)
+            assert model.graphs[m][i].tolist() == expected
+        assert torch.equal(model.clusters[m], mdsrec.k_means(E, 3))                 # eq. (10)
+    assert torch.equal(model.O.to_dense(), O)
+
+
+def test_gumbel_noise_and_its_temperature_in_training():
+    """Between two centres that are alike, gamma is sharp at a small tau and even at a large one."""
+    e = torch.zeros(4000, 1, 8)
+    centers = torch.zeros(4000, 1, 2, 8)
+    centers[:, :, 0, 0] = 1
+    for tau, extreme in ((.01, .95), (100., 0.)):
+        model = make(tau=tau).train()
+        gamma = model.interest(e, centers)[..., 0]
+        assert ((gamma < .01) | (gamma > .99)).double().mean() == pytest.approx(extreme, abs=.05)
+        assert gamma.mean() == pytest.approx(.5, abs=.05)
+
+
 # ---------------- item tables
 
 def test_item_tables_eqs_3_6():

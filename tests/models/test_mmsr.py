@@ -1197,3 +1197,64 @@ def test_states_beyond_fp16_end_a_run_in_one_sentence(folders, tmp_path):
     assert not caches(tmp_path)
     train("--cache", "fp32")
     assert [name[-9:] for name in caches(tmp_path)] == [".fp32.npy"]
+
+
+# ---------------- dropout in training
+
+def test_everything_that_is_trained_drops_in_training(tmp_path):
+    for settings in (dict(), dict(fusion="co"), dict(user_encoder="gru"), dict(fusion="sum+")):
+        model = make(tmp_path, dropout=.3, **settings).train()
+        own = [*model.user.modules(), *(model.fusion.modules())]
+        rates = [part.p for part in own if isinstance(part, torch.nn.Dropout)]
+        rates += [part.dropout for part in own if isinstance(part, torch.nn.MultiheadAttention)]
+        assert rates and set(rates) == {.3}
+        assert all(part.training for part in model.modules())
+
+
+@torch.no_grad()
+def test_trained_blocks_drop_in_training_and_not_in_evaluation(tmp_path):
+    tower = make(tmp_path, text_encoder="tiny-bert").towers["text"]
+    tower.prepare(torch.device("cpu"))
+    for part in tower.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = .5
+    items = torch.tensor([1, 2, 3])
+    assert not torch.equal(tower.train()(items)[0], tower(items)[0])
+    assert torch.equal(tower.eval()(items)[0], tower(items)[0])
+
+
+def test_texts_longer_than_roberta_has_positions_are_refused(tmp_path):
+    make(tmp_path, text_encoder="tiny-roberta", max_tokens=512)
+    with pytest.raises(ValueError, match="must be from 3 to 512"):
+        make(tmp_path, text_encoder="tiny-roberta", max_tokens=513)
+
+
+def test_a_negative_that_is_the_target_counts_nothing(tmp_path, monkeypatch):
+    model = make(tmp_path).eval()
+    batch = {"user": torch.tensor([0]), "seq": torch.tensor([[1, 2]]),
+             "target": torch.tensor([[2, 3]])}
+    target = batch["target"]
+    monkeypatch.setattr(mmsr.Model, "negatives", lambda self, user, L: target)
+    found = model(batch)["next_item"]
+    table = model.encode_items()
+    states = model.user(table[batch["seq"]], batch["seq"] != 0)
+    expected = F.softplus(-(states * table[target]).sum(-1)).mean()
+    same(found, expected)
+
+
+def test_logits_of_the_batch_are_wide_under_autocast(tmp_path):
+    model = make(tmp_path, loss="in_batch")
+    seen = []
+    model_in_batch = model.in_batch
+
+    def watched(states, vectors, ids, place):
+        loss = model_in_batch(1e2 * states, 1e2 * vectors, ids, place)
+        seen.append(loss.dtype)
+        return loss
+
+    model.in_batch = watched
+    batch = {"user": torch.tensor([0, 1]), "seq": torch.tensor([[1, 2], [4, 5]]),
+             "target": torch.tensor([[2, 3], [5, 6]])}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch)
+    assert seen == [torch.float32]
