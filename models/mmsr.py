@@ -906,7 +906,8 @@ class MMSR(nn.Module):
         -> (B, L)
         """
         B, L, _ = states.shape
-        logits = (states @ vectors.T).float() - self.log_pop[ids]                   # (B, L, U)
+        with torch.autocast(states.device.type, enabled=False):    # bfloat16 is coarse for logits
+            logits = states.float() @ vectors.float().T - self.log_pop[ids]         # (B, L, U)
         seq, target = place[0], place[1]
         is_target = torch.zeros_like(ids, dtype=torch.bool).index_fill_(0, target.flatten(), True)
         candidates = is_target & (ids != 0)                                         # (U,)

@@ -477,25 +477,26 @@ class SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, items, target):
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        loss = torch.zeros((), device=states.device, dtype=dtype)
-        d_states = torch.zeros_like(states)
-        d_items = torch.zeros_like(items)
-        chunk = max(64, 2 ** (26 if states.is_cuda else 21) // len(items))
-        for first in range(0, len(states), chunk):
-            rows = slice(first, first + chunk)
-            real = target[rows, None] != 0                          # (chunk, 1)
-            answer = target[rows, None].clamp(min=1)
-            logits = (states[rows] @ items.T).to(dtype)             # (chunk, N+1)
-            logits[:, 0] = -torch.inf                               # padding is no item
-            log_p = logits.log_softmax(1)
-            loss -= (log_p.gather(1, answer) * real).sum()
-            # d loss / d logits: p - 1 at the answer, p elsewhere
-            minus_one = -torch.ones_like(answer, dtype=dtype)
-            slope = log_p.exp_().scatter_add_(1, answer, minus_one)
-            slope = (slope * real).to(states.dtype)
-            d_states[rows] = slope @ items
-            d_items += slope.T @ states[rows]
+        wide = torch.promote_types(states.dtype, torch.float32)    # bfloat16 is coarse for logits
+        x, e = states.to(wide), items.to(wide)
+        loss = torch.zeros((), device=x.device, dtype=wide)
+        d_x, d_e = torch.zeros_like(x), torch.zeros_like(e)
+        chunk = max(64, 2 ** (26 if x.is_cuda else 21) // len(e))
+        with torch.autocast(x.device.type, enabled=False):
+            for first in range(0, len(x), chunk):
+                rows = slice(first, first + chunk)
+                real = target[rows, None] != 0                      # (chunk, 1)
+                answer = target[rows, None].clamp(min=1)
+                logits = x[rows] @ e.T                              # (chunk, N+1)
+                logits[:, 0] = -torch.inf                           # padding is no item
+                log_p = logits.log_softmax(1)
+                loss -= (log_p.gather(1, answer) * real).sum()
+                # d loss / d logits: p - 1 at the answer, p elsewhere
+                minus_one = -torch.ones_like(answer, dtype=wide)
+                slope = log_p.exp_().scatter_add_(1, answer, minus_one) * real
+                d_x[rows] = slope @ e
+                d_e += slope.T @ x[rows]
+        d_states, d_items = d_x.to(states.dtype), d_e.to(items.dtype)
         ctx.save_for_backward(d_states, d_items)
         return loss
 

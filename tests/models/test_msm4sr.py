@@ -629,3 +629,22 @@ def test_bfloat16_changes_little(kind, changes):
     assert {table.dtype for table in z.values()} == {torch.float32}
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_both_stages_in_one_drop_items_of_the_pre_training_terms_alone(monkeypatch, prefixes):
+    model = make("Model", e2e=True, pretrain_epochs=0, prefixes=prefixes).train()
+    calls = []
+    real = msm.random_drop
+
+    def watched(seq, rho):
+        calls.append((seq, rho))
+        return real(seq, rho)
+
+    monkeypatch.setattr(msm, "random_drop", watched)
+    seq = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+    batch = {"user": torch.tensor([0, 1]), "seq": seq, "target": seq + 1}
+    losses = model(batch)
+    assert len(calls) == 1 and calls[0][1] == model.cfg.rho
+    assert torch.equal(calls[0][0], seq)
+    assert {"next_item", "nip_text", "cmcl_image"} <= set(losses)
