@@ -6,7 +6,8 @@ item was ever sold.
 Reads from the catalog: n_items, text, image (their forms: CATALOG below).
 """
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ class CosineConfig:
     layers: int = 0
     dropout: float = 0.0
     max_len: int = 50
+
+    def __post_init__(self):
+        check_kinds(self)
 
 
 class Cosine(nn.Module):
@@ -61,6 +65,18 @@ def check(condition, message):
         raise ValueError(message)
 
 
+def check_kinds(cfg):
+    """Raises ValueError for a setting of another type, or none of its choices."""
+    for name, kind in get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        choices = get_args(kind)
+        if choices:
+            check(value in choices, f"{name} {value} must be one of {', '.join(choices)}")
+        else:
+            wanted = {int: Integral, float: Real}.get(kind, kind)
+            check(isinstance(value, wanted), f"{name} {value!r} must be of type {kind.__name__}")
+
+
 def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
@@ -82,6 +98,9 @@ def check_catalog(catalog):
         if form.startswith("float"):
             there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
             check_numbers(key, catalog[key], there)
+        if form.startswith("int (N+1"):
+            whole = not catalog[key].is_floating_point() and (catalog[key] >= 0).all()
+            check(whole, f"catalog[{key!r}] must be whole numbers from 0 on")
     ids = set().union(*catalog.get("train_seqs", ()))
     check(ids <= set(range(1, N + 1)),
           f"catalog['train_seqs'] has ids that are not from 1 to {N}: {list(ids)[:3]}, ...")

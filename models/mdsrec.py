@@ -61,7 +61,8 @@ well, and its column 0 is padding's. state_dict has weights only: rebuild with t
 import math
 import time
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class MDSRecConfig:
     lr: float = 1e-3                     # searched in 1e-4 ... 1e-1 (Parameter Settings)
     weight_decay: float = 0.0
     clip_norm: float = 0.0               # largest norm of a gradient; 0: any; not in the paper
-    batch_size: int = 512                # "mini-batch size 512"
+    batch_size: int = 512                # "mini-batch size 512"; without prefixes give far less
     epochs: int = 200                    # at most; not in the paper
     patience: int = 10                   # "a patience of 10"
     prefixes: bool = True                # a row per prefix; false: a target per place (reading 9)
@@ -124,7 +125,7 @@ PRESETS = {
     "clothing": dict(neighbors=15, centers=64),
     "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, lr=2e-3),
     # long histories, where a row per prefix is slow
-    "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False),
+    "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False, batch_size=16),
     "demo": dict(centers=4, dim=64, inner=128, lr=3e-3, epochs=20),
 }
 
@@ -487,8 +488,21 @@ def check(condition, message):
         raise ValueError(message)
 
 
+def check_kinds(cfg):
+    """Raises ValueError for a setting of another type, or none of its choices."""
+    for name, kind in get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        choices = get_args(kind)
+        if choices:
+            check(value in choices, f"{name} {value} must be one of {', '.join(choices)}")
+        else:
+            wanted = {int: Integral, float: Real}.get(kind, kind)
+            check(isinstance(value, wanted), f"{name} {value!r} must be of type {kind.__name__}")
+
+
 def check_recipe(cfg):
     """Raises ValueError for a setting that makes no sense, of those that model files share."""
+    check_kinds(cfg)
     for name in ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience"):
         value = getattr(cfg, name)
         check(value >= 1, f"{name} {value} is too small: it must be at least 1")
@@ -520,6 +534,9 @@ def check_catalog(catalog):
         if form.startswith("float"):
             there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
             check_numbers(key, catalog[key], there)
+        if form.startswith("int (N+1"):
+            whole = not catalog[key].is_floating_point() and (catalog[key] >= 0).all()
+            check(whole, f"catalog[{key!r}] must be whole numbers from 0 on")
     ids = set().union(*catalog.get("train_seqs", ()))
     check(ids <= set(range(1, N + 1)),
           f"catalog['train_seqs'] has ids that are not from 1 to {N}: {list(ids)[:3]}, ...")

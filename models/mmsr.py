@@ -52,8 +52,9 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -108,6 +109,7 @@ class MMSRConfig:
     prefixes: bool = False               # true: a row per prefix, and one target a row (appendix B)
 
     def __post_init__(self):
+        check_kinds(self)
         for name in ("merge_layers", "dim", "heads", "max_len", "batch_size", "epochs", "patience"):
             value = getattr(self, name)
             check(value >= 1, f"{name} {value} is too small: it must be at least 1")
@@ -968,6 +970,18 @@ def check(condition, message):
         raise ValueError(message)
 
 
+def check_kinds(cfg):
+    """Raises ValueError for a setting of another type, or none of its choices."""
+    for name, kind in get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        choices = get_args(kind)
+        if choices:
+            check(value in choices, f"{name} {value} must be one of {', '.join(choices)}")
+        else:
+            wanted = {int: Integral, float: Real}.get(kind, kind)
+            check(isinstance(value, wanted), f"{name} {value!r} must be of type {kind.__name__}")
+
+
 def check_catalog(catalog):
     """Raises ValueError for keys of CATALOG that a catalog lacks, or has in another form."""
     missing = [f"{key} ({form})" for key, form in CATALOG.items() if key not in catalog]
@@ -989,6 +1003,9 @@ def check_catalog(catalog):
         if form.startswith("float"):
             there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
             check_numbers(key, catalog[key], there)
+        if form.startswith("int (N+1"):
+            whole = not catalog[key].is_floating_point() and (catalog[key] >= 0).all()
+            check(whole, f"catalog[{key!r}] must be whole numbers from 0 on")
     ids = set().union(*catalog.get("train_seqs", ()))
     check(ids <= set(range(1, N + 1)),
           f"catalog['train_seqs'] has ids that are not from 1 to {N}: {list(ids)[:3]}, ...")

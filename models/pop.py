@@ -75,6 +75,9 @@ def check_catalog(catalog):
         if form.startswith("float"):
             there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
             check_numbers(key, catalog[key], there)
+        if form.startswith("int (N+1"):
+            whole = not catalog[key].is_floating_point() and (catalog[key] >= 0).all()
+            check(whole, f"catalog[{key!r}] must be whole numbers from 0 on")
     ids = set().union(*catalog.get("train_seqs", ()))
     check(ids <= set(range(1, N + 1)),
           f"catalog['train_seqs'] has ids that are not from 1 to {N}: {list(ids)[:3]}, ...")

@@ -50,7 +50,8 @@ and its column 0 is padding's. state_dict has weights only: rebuild with the sam
 import math
 import time
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -520,8 +521,21 @@ def check(condition, message):
         raise ValueError(message)
 
 
+def check_kinds(cfg):
+    """Raises ValueError for a setting of another type, or none of its choices."""
+    for name, kind in get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        choices = get_args(kind)
+        if choices:
+            check(value in choices, f"{name} {value} must be one of {', '.join(choices)}")
+        else:
+            wanted = {int: Integral, float: Real}.get(kind, kind)
+            check(isinstance(value, wanted), f"{name} {value!r} must be of type {kind.__name__}")
+
+
 def check_recipe(cfg):
     """Raises ValueError for a setting that makes no sense, of those that model files share."""
+    check_kinds(cfg)
     for name in ("dim", "heads", "layers", "max_len", "batch_size", "epochs", "patience"):
         value = getattr(cfg, name)
         check(value >= 1, f"{name} {value} is too small: it must be at least 1")
@@ -553,6 +567,9 @@ def check_catalog(catalog):
         if form.startswith("float"):
             there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
             check_numbers(key, catalog[key], there)
+        if form.startswith("int (N+1"):
+            whole = not catalog[key].is_floating_point() and (catalog[key] >= 0).all()
+            check(whole, f"catalog[{key!r}] must be whole numbers from 0 on")
     ids = set().union(*catalog.get("train_seqs", ()))
     check(ids <= set(range(1, N + 1)),
           f"catalog['train_seqs'] has ids that are not from 1 to {N}: {list(ids)[:3]}, ...")

@@ -448,6 +448,27 @@ def test_training_sequences_with_other_ids_are_refused(name, tmp_path, bad):
         make(name, tmp_path, catalog=catalog)
 
 
+@every_model
+def test_settings_of_another_type_or_choice_are_refused_by_name(name):
+    Config = MODULES[name].Config
+    for field in dataclasses.fields(Config):
+        if name == "pop":    # nothing of it is read
+            continue
+        for wrong in ("sideways", None, [1]):
+            if field.type is str and wrong == "sideways":    # any text
+                continue
+            with pytest.raises(ValueError, match=f"^{field.name} "):
+                Config(**{field.name: wrong})
+    if "dim" in {field.name for field in dataclasses.fields(Config)}:
+        Config(dim=np.int64(Config().dim))
+
+
+def test_languages_that_are_no_numbers_from_0_on_are_refused(tmp_path):
+    for lang in (make_catalog()["lang"].float(), -make_catalog()["lang"]):
+        with pytest.raises(UserError, match="'lang'\\] must be whole numbers from 0 on"):
+            make("srmml", tmp_path, catalog=make_catalog() | {"lang": lang})
+
+
 @every_trained_model
 def test_rows_padded_on_the_right_are_refused(name, tmp_path):
     model = make(name, tmp_path)

@@ -250,6 +250,13 @@ def test_similarities_are_brought_to_the_unit_interval():
     assert srmml.in_unit_interval(torch.ones(3), torch.ones(3, dtype=torch.bool)).isfinite().all()
 
 
+def test_what_is_the_same_for_all_items_is_standardised_to_nothing():
+    """In float32 a mean is not exact: the rest must not be blown up."""
+    x = torch.full((1001, 3), .1, dtype=torch.float32) * torch.tensor([1., 3., 1e-3])
+    has = torch.ones(1001, 1, dtype=torch.bool)
+    assert srmml.standardised(x.float(), has).abs().max() < .01
+
+
 def naive_statistics():
     """Log mean sales in an item's language, standardised: (N, 1)."""
     sales = [sum(seq.count(i) for seq in SEQS) for i in range(N + 1)]
