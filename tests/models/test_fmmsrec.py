@@ -821,3 +821,15 @@ def test_bfloat16_autocast_stays_near_float32():
     with torch.autocast("cpu", torch.bfloat16):
         table = make().encode_items()
     assert all(leaf.dtype == torch.float32 for leaf in table.values())
+
+
+def test_features_of_any_size_are_standardised():
+    """Vectors of norm 1 have deviations of .03 or so."""
+    x = .03 * torch.randn(2001, 4) + 5
+    has = torch.arange(2001) % 5 != 0
+    found = fmmsrec.standardised(x, has)
+    assert not found[~has].any()
+    torch.testing.assert_close(found[has].mean(0), torch.zeros(4), atol=1e-9, rtol=0)
+    torch.testing.assert_close(found[has].square().mean(0), torch.ones(4), atol=1e-9, rtol=0)
+    constant = fmmsrec.standardised(torch.full((2001, 1), .1), has)
+    assert constant.abs().max() < .01
