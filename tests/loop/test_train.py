@@ -390,3 +390,17 @@ def test_compile_without_a_compiler_ends_in_one_sentence(shop, tmp_path, monkeyp
     with pytest.raises(ZeroDivisionError):    # other errors stay what they are
         monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)
         train.compiled(lambda batch: 1 / 0)({})
+
+
+@pytest.mark.parametrize("given, limit", [("0.25", .25), ("0", float("inf"))])
+def test_gradients_are_clipped_at_the_models_own_setting(shop, tmp_path, monkeypatch, given, limit):
+    limits = []
+    real = torch.nn.utils.clip_grad_norm_
+
+    def watched(weights, max_norm, **more):
+        limits.append(max_norm)
+        return real(weights, max_norm, **more)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    run("train.py", *SASREC, "--epochs", 1, "--clip_norm", given, cwd=tmp_path)
+    assert set(limits) == {limit}

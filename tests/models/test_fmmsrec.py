@@ -833,3 +833,12 @@ def test_features_of_any_size_are_standardised():
     torch.testing.assert_close(found[has].square().mean(0), torch.ones(4), atol=1e-9, rtol=0)
     constant = fmmsrec.standardised(torch.full((2001, 1), .1), has)
     assert constant.abs().max() < .01
+
+
+def test_every_place_may_be_masked_and_every_item_may_replace():
+    torch.manual_seed(0)
+    read, chosen = fmmsrec.mask_items(torch.ones(3000, 4, dtype=torch.long), 5, .9)
+    assert (chosen.double().mean(0) - .9).abs().max() < .03    # the first and the last as well
+    assert read.unique().tolist() == [0, 1, 2, 3, 4, 5]
+    counts = read[read > 1].bincount()[2:]
+    assert counts.min() > .7 * counts.max()
