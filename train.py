@@ -125,6 +125,12 @@ def refuse_empty(job, stages):
             f"{dataset.name} has no {' and no '.join(missing)} targets under --split "
             f"{dataset.split}: it needs users with more interactions"
         )
+    every = job.args.valid_every
+    if stages[-1].epochs and every > stages[-1].epochs:
+        raise UserError(
+            f"--valid_every {every} is more than the {stages[-1].epochs} epochs of the run: no "
+            f"epoch would be validated"
+        )
     for stage in stages:
         if stage.epochs and not len(stage.rows):
             raise UserError(
@@ -253,8 +259,7 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
         line = {"stage": stage.name, "epoch": epoch, "losses": losses}
         line["seconds"] = time.perf_counter() - begin
         progress.epoch = epoch
-        last = epoch == stage.epochs
-        if stage.validates and (epoch % job.args.valid_every == 0 or last):
+        if stage.validates and epoch % job.args.valid_every == 0:
             line |= validate(job, model, progress, folder / stage.weights)
         progress.seconds += time.perf_counter() - begin
         runs.append_log(folder, line)
@@ -295,7 +300,7 @@ def compiled(forward):
             makers = ("torch._dynamo", "torch._inductor", "triton")
             if not type(error).__module__.startswith(makers):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"--compile cannot be used here ({reason}): it needs a C++ compiler, and Triton on "
                 f"a GPU; leave it out"

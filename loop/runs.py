@@ -149,7 +149,7 @@ def seed_everything(*numbers):
 class Progress:
     """How far a stage has come."""
     stage: str
-    epoch: int = 0            # the last one that is trained and validated
+    epoch: int = 0            # the last one that is trained, and validated if it is to be
     best: float = -1.0        # the best "selected_by" of the log so far
     best_epoch: int = 0       # the epoch that had it
     checked: int = 0          # the last epoch that is validated
@@ -202,6 +202,7 @@ def saved_state(folder):
     saved = None
     if path.is_file():
         tensors, progress = load_tensors(path)
+        progress = {"checked": progress["epoch"], **progress}    # of runs without this number
         saved = Saved(Progress(**progress), tensors)
     cut_log(folder / "log.jsonl", saved)
     return saved
@@ -278,10 +279,8 @@ def run_folder(folder, settings, resume):
     refused in its first epoch.
     """
     aside = None
-    if resume and (folder / "config.json").is_file():
-        refuse_other_settings(folder, settings)
-        make_longer(folder, settings)
-    else:
+    resumed = resume and (folder / "config.json").is_file()
+    if not resumed:
         if resume:
             print(f"--resume finds no run in {folder}: a new one begins", flush=True)
         if folder.exists():
@@ -290,6 +289,9 @@ def run_folder(folder, settings, resume):
             print(f"an earlier run is now {aside}")
         write_json(folder / "config.json", settings)
     with alone_in(folder, wait=False):
+        if resumed:
+            refuse_other_settings(folder, settings)
+            make_longer(folder, settings)
         try:
             yield
         except UserError:
@@ -344,7 +346,11 @@ def where_data_is(folder, settings):
     roots = [Path("data"), *(parent / "data" for parent in folder.resolve().parents[:3])]
     for root in roots:
         for about in sorted(root.glob("*/source.json")):
-            if read_json(about).get("sequences_sha256") == settings["sequences_sha256"]:
+            try:
+                found = read_json(about).get("sequences_sha256")
+            except UserError:    # another data set, damaged
+                continue
+            if found == settings["sequences_sha256"]:
                 print(f"the data of {folder} is {about.parent} now, no longer {before}", flush=True)
                 return about.parent
     raise UserError(

@@ -337,15 +337,14 @@ class MDSRec(nn.Module):
                 table[m] = self.maps[m](self.features[m])                           # reading 15
         return table
 
-    def encode(self, name, seq, items, E_hat_c=None):
+    def encode(self, name, seq, items, E_hat_c=None, P=1):
         """The Transformer `name`, "id" or a modality, over seq (B, L); items: its table (N+1, D).
 
         E_hat_c: the interest centres (k, D) of eq. (11), or None. Returns e_t (B, P, D), the states
-        at the P places that predict, L or only the last (reading 9), and E_c (B, P, k, D), the
-        centres after the last layer, which differ from place to place, eq. (16); None without.
+        at the last P places, those that predict (reading 9), and E_c (B, P, k, D), the centres
+        after the last layer, which differ from place to place, eq. (16); None without.
         """
         B, L = seq.shape
-        P = self.places(L)
         x = F.embedding(seq, items) + self.position[-L:]                            # eqs. (7), (9)
         x = self.dropout(self.norm(x))                                              # (B, L, D)
         last = torch.arange(L, device=seq.device) == L - 1
@@ -368,10 +367,6 @@ class MDSRec(nn.Module):
             E_c = E_c.unflatten(1, (P, k))                                          # eq. (16)
         return x, E_c
 
-    def places(self, L):
-        """How many places of a row of length L predict (reading 9)."""
-        return L if self.training and not self.cfg.prefixes else 1
-
     def interest(self, e, E_c):
         """etilde = e + Gamma E_c, Gamma = softmax((e . E_c + noise) / tau), eqs. (18), (19).
 
@@ -386,17 +381,17 @@ class MDSRec(nn.Module):
             gamma = (logits / self.cfg.tau).softmax(-1)                   # the same without noise
         return e + torch.einsum("bpk,bpkd->bpd", gamma, E_c)              # eq. (18)
 
-    def states(self, seq, table):
+    def states(self, seq, table, P=1):
         """Of histories (B, L): e^s (B, P, D), eq. (17), and {m: etilde^m (B, P, D)}, eq. (18)."""
-        e_s, _ = self.encode("id", seq, table["id"])
+        e_s, _ = self.encode("id", seq, table["id"], P=P)
         e_tilde = {}
         for m in MODALITIES:
             if self.cfg.use_ica:
                 E_hat_c = self.clusters[m] @ table[m]                     # eq. (11): (k, D)
-                e, E_c = self.encode(m, seq, table[m], E_hat_c)
+                e, E_c = self.encode(m, seq, table[m], E_hat_c, P)
                 e_tilde[m] = self.interest(e, E_c)
             else:
-                e, _ = self.encode(m, seq, table[m])
+                e, _ = self.encode(m, seq, table[m], P=P)
                 e_tilde[m] = e                                            # reading 14
             e_s = e_s + self.rho[m] * e                                   # eq. (17)
         return e_s, e_tilde
@@ -407,9 +402,10 @@ class MDSRec(nn.Module):
         The training loop adds them up. With prefixes only the last column of "target" is read.
         """
         seq = recent(self, batch)
-        target = batch["target"][:, -self.places(seq.shape[1]):].flatten()     # (B P,)
+        P = 1 if self.cfg.prefixes else seq.shape[1]
+        target = batch["target"][:, -P:].flatten()                        # (B P,)
         table = self.encode_items()
-        e_s, e_tilde = self.states(seq, table)
+        e_s, e_tilde = self.states(seq, table, P)
         loss = softmax_loss(e_s.flatten(0, 1), table["item"], target)     # eqs. (20), (24)
         losses = {"next_item": loss}
         for m in MODALITIES:
@@ -532,8 +528,8 @@ def check_catalog(catalog):
         check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
     for key, form in CATALOG.items():
         if form.startswith("float"):
-            there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
-            check_numbers(key, catalog[key], there)
+            masks = [mask for mask in (f"has_{key}", f"{key}_mask") if mask in CATALOG]
+            check_numbers(key, catalog[key], catalog[masks[0]] if masks else None)
         if form.startswith("int (N+1"):
             whole = not catalog[key].is_floating_point() and (catalog[key] >= 0).all()
             check(whole, f"catalog[{key!r}] must be whole numbers from 0 on")

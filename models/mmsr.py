@@ -374,8 +374,9 @@ class Cached:
         """Fill the file under another name, then rename it: it is there whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f"{path.name}.*"):    # by a run that was killed
-            if time.time() - left.stat().st_mtime > STALE:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):              # it has just been renamed
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
         partial = Path(f"{path}.{uuid.uuid4().hex[:8]}")
         begin = time.time()
         try:
@@ -891,12 +892,13 @@ class MMSR(nn.Module):
         """user (B,) -> (B, L) items, each uniform over those that the user's training sequence
         lacks; 0 where there is none (reading 9)."""
         longest = max(L, self.cfg.max_len)
-        draw = torch.rand(len(user), longest, device=user.device, dtype=torch.float64)
+        fine = torch.float32 if user.device.type == "mps" else torch.float64    # Apple's has no 64
+        draw = torch.rand(len(user), longest, device=user.device, dtype=fine)
         draw = draw[:, -L:]    # those of the places from the end, so that padding changes none
         user = user[:, None]
         first = self.first[user]
         n = self.n_items - (self.first[user + 1] - first)         # how many the user lacks
-        r = (draw * n).long()                                     # take the r-th of them
+        r = torch.minimum((draw * n).long(), n - 1).clamp(min=0)  # take the r-th of them
         place = torch.searchsorted(self.lacked, user * (self.n_items + 1) + r, right=True)
         before = place - first    # items that the user has before it
         return torch.where(n > 0, r + 1 + before, 0)
@@ -1001,8 +1003,8 @@ def check_catalog(catalog):
         check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
     for key, form in CATALOG.items():
         if form.startswith("float"):
-            there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
-            check_numbers(key, catalog[key], there)
+            masks = [mask for mask in (f"has_{key}", f"{key}_mask") if mask in CATALOG]
+            check_numbers(key, catalog[key], catalog[masks[0]] if masks else None)
         if form.startswith("int (N+1"):
             whole = not catalog[key].is_floating_point() and (catalog[key] >= 0).all()
             check(whole, f"catalog[{key!r}] must be whole numbers from 0 on")

@@ -614,8 +614,8 @@ def check_catalog(catalog):
         check(fits, f"catalog[{key!r}] must be: {form}; N is {N}; it is: {got}")
     for key, form in CATALOG.items():
         if form.startswith("float"):
-            there = catalog.get(f"has_{key}", catalog.get(f"{key}_mask"))
-            check_numbers(key, catalog[key], there)
+            masks = [mask for mask in (f"has_{key}", f"{key}_mask") if mask in CATALOG]
+            check_numbers(key, catalog[key], catalog[masks[0]] if masks else None)
         if form.startswith("int (N+1"):
             whole = not catalog[key].is_floating_point() and (catalog[key] >= 0).all()
             check(whole, f"catalog[{key!r}] must be whole numbers from 0 on")

@@ -315,7 +315,7 @@ PARTS = {
 @torch.no_grad()
 def scores_of(model, batch):
     with ranking(model):
-        return model.score(batch, model.encode_items())[:, 1:].double()
+        return model.score(batch, model.encode_items())[:, 1:].cpu().double()
 
 
 def moved(before, after):
@@ -357,7 +357,7 @@ def table(folder, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py made")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     args = parser.parse_args()
     for folder in args.runs:
         print("\n| | masked N@10 | change | scores moved |\n|---|---|---|---|")

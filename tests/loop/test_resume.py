@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.files import load_tensors, save_tensors
+from common.files import alone_in, load_tensors, save_tensors
 from helpers import ROOT, refused, run
 from loop.runs import Progress, Saved, cut_log, save_state
 
@@ -139,9 +139,9 @@ def test_resume_refuses_other_settings(shop, tmp_path):
 SHORT = ("--model", "sasrec", "--data", "shop", "--dim", 8, "--device", "cpu")
 
 
-@pytest.mark.parametrize("valid_every", [1, 2])
+@pytest.mark.parametrize("valid_every", [1, 3])
 def test_a_run_can_be_given_more_epochs(shop, tmp_path, valid_every):
-    args = (*SHORT, "--patience", 9, "--valid_every", valid_every)
+    args = (*SHORT, "--patience", 9, "--valid_every", valid_every, "--lr", 0.3)
     run("train.py", *args, "--epochs", 6, "--out", "whole", cwd=tmp_path)
     run("train.py", *args, "--epochs", 4, "--out", "longer", cwd=tmp_path)
     whole, longer = tmp_path / "whole/sasrec-shop-0", tmp_path / "longer/sasrec-shop-0"
@@ -175,6 +175,16 @@ def test_more_epochs_are_refused_where_the_learning_rate_depends_on_them(shop, t
     run("train.py", *args, "--epochs", 1, cwd=tmp_path)
     done = run("train.py", *args, "--epochs", 2, "--resume", cwd=tmp_path, ok=False)
     refused(done, "its learning rate follows --schedule cosine over 1 epochs")
+
+
+def test_a_run_that_another_process_holds_is_not_made_longer(shop, tmp_path):
+    run("train.py", *SHORT, "--epochs", 1, cwd=tmp_path)
+    folder = tmp_path / "runs/sasrec-shop-0"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with alone_in(folder):
+        done = run("train.py", *SHORT, "--epochs", 2, "--resume", cwd=tmp_path, ok=False)
+    refused(done, "another process is writing")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_resume_says_when_there_is_nothing_to_resume(shop, tmp_path):

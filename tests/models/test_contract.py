@@ -439,6 +439,33 @@ def test_what_a_mask_calls_missing_may_be_anything(name, tmp_path, number):
     assert torch.equal(*table)
 
 
+@every_stage
+@pytest.mark.parametrize("key", ["image", "text"])
+def test_a_modality_that_one_item_has_is_trained_on(name, kind, key, tmp_path):
+    catalog = make_catalog()
+    one = torch.arange(N + 1) == 5
+    stack = {"text": "sentences", "image": "pictures"}[key]
+    catalog[f"has_{key}"] &= one
+    catalog[key] = catalog[key] * one[:, None]
+    catalog[stack] = catalog[stack] * one[:, None, None]
+    catalog[f"{stack}_mask"] &= one[:, None]
+    catalog["titles"] = [title if i == 5 else "" for i, title in enumerate(catalog["titles"])]
+    model = make(name, tmp_path, kind, catalog=catalog, dropout=0.)
+    losses = model(stage_batch(model))
+    if runs.is_trained(model):
+        sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_mask_that_a_file_does_not_read_excuses_nothing(tmp_path):
+    catalog = make_catalog()
+    catalog["has_image"][5] = False
+    catalog["image"][5] = math.nan
+    with pytest.raises(ValueError, match=r"'image'\] has numbers .* for items \[5\]"):
+        MODULES["mdsrec"].Model(settings_of("mdsrec", tmp_path), catalog)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if "train_seqs" in MODULES[name].READS])
 @pytest.mark.parametrize("bad", [0, -1, N + 1, 2.5])
 def test_training_sequences_with_other_ids_are_refused(name, tmp_path, bad):

@@ -206,7 +206,7 @@ def test_without_prefixes_every_place_has_centres_of_what_stands_before_it():
     items = model.encode_items()["image"]
     seq = torch.tensor([[0, 0, 5, 2, 9], [1, 2, 3, 4, 5]])
     centers = model.clusters["image"] @ items
-    states, own = model.encode("image", seq, items, centers)
+    states, own = model.encode("image", seq, items, centers, P=5)
     assert states.shape == (2, 5, 8) and own.shape == (2, 5, 3, 8)
     for b, row in enumerate(seq):
         row = row[row > 0]
