@@ -95,7 +95,7 @@ def curve(title, values, width=250, height=120) -> str:
         f"{12 + i * step:.1f},{height - 22 - (value - low) * scale:.1f}"
         for i, value in enumerate(values)
     )
-    note = f"{len(values)} epochs, from {values[0]:.4g} to {values[-1]:.4g}"
+    note = f"{len(values)} points, from {values[0]:.4g} to {values[-1]:.4g}"
     return (
         f'<svg width="{width}" height="{height}">'
         f'<text x="12" y="18" font-size="12">{html.escape(title)}</text>'
