@@ -805,19 +805,22 @@ class MMSR(nn.Module):
             self.towers[m] = tower
             projected = not (both and cfg.fusion == "flava")
             self.project[m] = nn.Linear(tower.width, cfg.dim) if projected else nn.Identity()
-        different = max(len(set(wanted[m][1:])) for m in self.towers)
-        missing = {"both": "title and no picture", "text": "title", "image": "picture"}
-        check(different > 1 or self.n_items == 1,
-              f"no {missing[cfg.modality]} tells one item from another: give items.jsonl with them")
-        # items with one title and one picture are one: of each the first
-        first = {}
-        for i, pair in enumerate(zip(*(wanted[m][1:] for m in self.towers)), 1):
-            first.setdefault(pair, i)
-        first_alike = [first[pair] for pair in zip(*(wanted[m][1:] for m in self.towers))]
-        first_alike = torch.tensor([0, *first_alike])
-        self.register_buffer("first_alike", first_alike, persistent=False)    # (N+1,)
         if both:
             self.fusion = make_fusion(cfg, whole)
+        self.find_twins([wanted[m][1:] for m in self.towers])
+
+    def find_twins(self, contents):
+        """Items with one title and one picture are one. Raises ValueError where all items are.
+
+        contents: the titles, or the paths of the pictures, of items 1..N, or both lists
+        """
+        missing = {"both": "title and no picture", "text": "title", "image": "picture"}
+        first = {}    # of each (title, picture) the first item that has them
+        twins = [first.setdefault(pair, item) for item, pair in enumerate(zip(*contents), 1)]
+        check(len(first) > 1 or self.n_items == 1,
+              f"no {missing[self.cfg.modality]} tells one item from another: give items.jsonl with "
+              f"them")
+        self.register_buffer("twin", torch.tensor([0, *twins]), persistent=False)    # (N+1,)
 
     def start_weights(self):
         """Random numbers for all weights that are not pre-trained."""
@@ -930,7 +933,7 @@ class MMSR(nn.Module):
         """
         ids = torch.arange(self.n_items + 1, device=self.first.device)
         if self.item is None:
-            ids, place = self.first_alike.unique(return_inverse=True)
+            ids, place = self.twin.unique(return_inverse=True)
         parts = ids.split(1024 if ids.is_cuda else 256)
         table = torch.cat([self.items(part) for part in parts])
         return table if self.item is not None else table[place]
