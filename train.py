@@ -117,7 +117,7 @@ def plan(job):
 
 
 def refuse_empty(job, stages):
-    """Raises UserError where there is nothing to train on or nobody to test."""
+    """Raises UserError where there is nothing to train on, to validate, or nobody to test."""
     dataset = job.dataset
     missing = [split for split, places in dataset.targets.items() if places.max() < 0]
     if missing:

@@ -290,8 +290,7 @@ def run_folder(folder, settings, resume):
         write_json(folder / "config.json", settings)
     with alone_in(folder, wait=False):
         if resumed:
-            refuse_other_settings(folder, settings)
-            make_longer(folder, settings)
+            make_longer(folder, settings, refuse_other_settings(folder, settings))
         try:
             yield
         except UserError:
@@ -304,8 +303,8 @@ def run_folder(folder, settings, resume):
             raise
 
 
-def refuse_other_settings(folder, settings):
-    """Raises UserError where a run was begun with other settings."""
+def refuse_other_settings(folder, settings) -> list:
+    """Raises UserError where a run was begun with other settings; returns those that have grown."""
     before = read_json(folder / "config.json")
     now = {**settings, **settings["config"]}
     before = {**SINCE, **before, **before.get("config", {})}
@@ -324,15 +323,12 @@ def refuse_other_settings(folder, settings):
             f"{folder} was begun with other settings ({', '.join(changed)}): resume with the same "
             f"command, or leave --resume out"
         )
+    return longer
 
 
-def make_longer(folder, settings):
-    """More epochs or patience than a run was begun with: it is no longer finished."""
-    before = read_json(folder / "config.json")
-    shorter = any(
-        before["config"].get(name, 0) < settings["config"].get(name, 0) for name in LONGER
-    )
-    if shorter and (folder / "metrics.json").is_file():
+def make_longer(folder, settings, longer):
+    """longer: what has grown since the run was begun; if anything, it is no longer finished."""
+    if longer and (folder / "metrics.json").is_file():
         aside = set_aside(folder / "metrics.json")
         print(f"{folder} goes on; its metrics so far are now {aside.name}", flush=True)
     write_json(folder / "config.json", settings)
