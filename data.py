@@ -7,9 +7,8 @@ evaluated user the place where its input begins and ends. A batch is then an ind
 row, no copy to the device in the loop.
 
 Split (leave-one-out): a user's last item is the test target, the one before it the validation
-target; the test input includes the validation item. Users with fewer than 3 items are trained on
-and never evaluated. `temporal`: one cut in time for all users at 80 % and 90 % of the
-interactions; the targets are each user's first item after a cut.
+target; the test input includes the validation item. Other splits, at a time or given with the data,
+are in common/splits.py.
 """
 import argparse
 import json
@@ -23,8 +22,10 @@ import torch
 
 from common.features import feature_path, items_with_features
 from common.files import UserError, command, keys_sha256, read_json
+from common.splits import SPLITS, in_order_of_parts
 from common.web import Rules, fetch_pictures, fetched_pictures
 from sources import BY, NAMES, prepare
+from sources.notes import notes_of_pictures, notes_of_vectors
 
 COLD = 10      # an item with fewer training occurrences is cold
 WINDOW = 32    # rows are shuffled, then sorted by length inside windows of so many batches
@@ -46,12 +47,18 @@ class Data:
     n_items: int
     split: str
     train_share: float = 1.0   # share of the users whose training parts are used; all are evaluated
+    cut: str = None            # of the temporal split: dates or shares
+    parts: np.ndarray = None   # (n_interactions,) 0 train, 1 valid, 2 test, where the data says so
     # (n_users,) where each training part ends in `flat`
     train_end: np.ndarray = field(init=False)
     # "valid", "test" -> (n_users,) place of the target in `flat`, -1 = none
     targets: dict = field(init=False)
 
     def __post_init__(self):
+        if self.split == "files" and self.parts is not None:
+            self.flat, self.times, self.parts = in_order_of_parts(
+                self.offsets, self.flat, self.times, self.parts
+            )
         self.train_end, valid, test = SPLITS[self.split](self)
         self.targets = {"valid": valid, "test": test}
         if self.train_share < 1:    # the same users for every model and seed
@@ -67,6 +74,34 @@ class Data:
     @property
     def n_users(self):
         return len(self.offsets) - 1
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether anybody is evaluated; not where everything is trained on."""
+        return self.split != "none"
+
+    def notes(self, encoders=()) -> list:
+        """Sentences on what the user gave and is not used. encoders: those of the command line."""
+        notes = list(self.about.get("notes", ()))
+        notes += notes_of_vectors(self.about, encoders)
+        if self.about["image_root"]:
+            root = self.folder / self.about["image_root"]
+            notes += notes_of_pictures(self.items[1:], root)
+        if self.parts is not None and self.split != "files":
+            notes.append(
+                f"the data came as train, valid and test, and is split anew by {self.split}: "
+                f"--split files keeps it as it came"
+            )
+        if self.split == "files":
+            for number, split in enumerate(("valid", "test"), 1):
+                given = int((self.parts == number).sum())
+                idle = given - int((self.targets[split] >= 0).sum())
+                if idle:
+                    notes.append(
+                        f"{idle} of {given} {split} interactions are no targets: a user's first "
+                        f"one is, with items before it"
+                    )
+        return notes
 
     # ---- items
 
@@ -215,41 +250,6 @@ def counters(lengths):
     return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
-# ---------------- splits
-# each: Data -> ends of the training parts, validation targets, test targets: places in `flat`
-
-def leave_one_out(dataset):
-    begin, end = dataset.offsets[:-1], dataset.offsets[1:]
-    evaluated = end - begin >= 3
-    train_end = np.where(evaluated, end - 2, end)
-    valid = np.where(evaluated, end - 2, -1)
-    test = np.where(evaluated, end - 1, -1)
-    return train_end, valid, test
-
-
-def temporal(dataset):
-    """Raises UserError where there are no times."""
-    if dataset.about["clock"] == "order":
-        raise UserError(
-            f"{dataset.name} has an order but no times, so it cannot be split at a time: "
-            f"use --split leave_one_out"
-        )
-    begin, end = dataset.offsets[:-1], dataset.offsets[1:]
-    user = np.repeat(np.arange(dataset.n_users), np.diff(dataset.offsets))
-
-    def first_after(share):    # of all interactions: each user's first place after the cut
-        before = dataset.times < np.quantile(dataset.times, share)
-        return begin + np.bincount(user, before, dataset.n_users).astype(np.int64)
-
-    first_cut, second_cut = first_after(.8), first_after(.9)
-    valid = np.where((first_cut < second_cut) & (first_cut > begin), first_cut, -1)
-    test = np.where((second_cut < end) & (second_cut > begin), second_cut, -1)
-    return first_cut, valid, test
-
-
-SPLITS = {"leave_one_out": leave_one_out, "temporal": temporal}
-
-
 # ---------------- rows and batches
 
 class Rows:
@@ -349,12 +349,15 @@ class ItemRows:
 # ---------------- loading
 
 def load(
-    where, root="data", split="leave_one_out", core=None, mirror=None, by=None, train_share=1.0
+    where, root="data", split="leave_one_out", core=None, mirror=None, by=None, train_share=1.0,
+    cut=None,
 ):
     """Known name, folder of raw files or processed folder -> Data; prepares what is not prepared.
 
     Raises UserError.
     """
+    if cut is not None and split != "temporal":
+        raise UserError(f"--cut {cut} belongs to --split temporal: give both, or leave it out")
     if not 0 < train_share <= 1:
         raise UserError(f"--train_share {train_share} must be above 0 and at most 1")
     folder = prepare(where, root, core, mirror, by)
@@ -365,6 +368,7 @@ def load(
             flat = file["items"].astype(np.int64)
             offsets = file["offsets"].astype(np.int64)
             times = file["times"].astype(np.int64)
+            parts = file.get("parts")
         with open(folder / "items.jsonl", "rb") as file:
             n_items = sum(1 for _ in file)
         assert len(flat) == len(times) == offsets[-1] > 0
@@ -375,7 +379,7 @@ def load(
             f"{path} cannot be read ({type(error).__name__} {error}): remove the folder {folder} "
             f"and run the same command again"
         ) from None
-    return Data(folder, about, flat, offsets, times, n_items, split, train_share)
+    return Data(folder, about, flat, offsets, times, n_items, split, train_share, cut, parts)
 
 
 def add_arguments(parser, name="--data"):
@@ -384,7 +388,11 @@ def add_arguments(parser, name="--data"):
     required = {"required": True} if name.startswith("-") else {}
     names = ", ".join(NAMES)
     add(name, **required, help=f"a folder, or {names}, amazon2018:CATEGORY, amazon2023:CATEGORY")
-    add("--split", choices=SPLITS, default="leave_one_out")
+    add("--split", choices=SPLITS, default="leave_one_out",
+        help="which items are targets: the last ones, those after a time, as train, valid and test "
+             "files of the data say, or none, to train on everything (default: leave_one_out)")
+    add("--cut", help="of --split temporal: where validation and test begin, dates such as "
+                      "2022-09-15,2022-09-22 or shares (default: .8,.9)")
     add("--core", type=int, help="k-core on users and items (default: the source's own)")
     add("--by", choices=BY, help="what an item is, where the source has a choice (H&M: article)")
     add("--mirror", help="base URL to download a known data set from")
@@ -393,15 +401,24 @@ def add_arguments(parser, name="--data"):
 
 
 def load_for(args) -> Data:
-    """`load` with what add_arguments brought."""
-    return load(
+    """`load` with what add_arguments brought; says what was given and is not used."""
+    dataset = load(
         args.data,
         split=args.split,
         core=args.core,
         mirror=args.mirror,
         by=args.by,
         train_share=args.train_share,
+        cut=args.cut,
     )
+    print_notes(dataset, args)
+    return dataset
+
+
+def print_notes(dataset, args):
+    encoders = (getattr(args, "text", None), getattr(args, "image", None))
+    for note in dataset.notes(encoders):
+        print(f"note: {note}", flush=True)
 
 
 # ---------------- statistics
@@ -414,7 +431,8 @@ def statistics(dataset) -> dict:
     filled = len(np.unique(user * (dataset.n_items + 1) + dataset.flat))
     cells = dataset.n_users * dataset.n_items
     test = dataset.targets["test"][dataset.targets["test"] >= 0]
-    cold = dataset.train_counts[dataset.flat[test]] < COLD
+    seen = dataset.train_counts[dataset.flat[test]]
+    cold = seen < COLD
     addressed = sum(any("://" in path for path in item["images"]) for item in dataset.items)
     evaluated = [int((places >= 0).sum()) for places in dataset.targets.values()]
     n_items = dataset.n_items
@@ -431,6 +449,7 @@ def statistics(dataset) -> dict:
         "training interactions": int(dataset.train_counts.sum()),
         "evaluated users (validation, test)": evaluated,
         f"cold test targets (< {COLD} training occurrences)": (int(cold.sum()), len(test)),
+        "unseen test targets (no training occurrence)": (int((seen == 0).sum()), len(test)),
     }
 
 

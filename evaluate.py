@@ -134,9 +134,9 @@ def evaluate(model, dataset, cfg, split, device, most=None) -> dict:
     Returns the metrics over all evaluated users, and under "masked" the same with histories
     masked, "groups" and "groups_masked" (name -> {"users": n, metrics}), "users" (how many),
     "ranks" and "ranks_masked" (users,) int64 arrays. Groups: cold (fewer than 10 training
-    occurrences of the target) and warm, length of the input history, target with and without text
-    and picture. model: the contract's encode_items and score. cfg: needs max_len. Raises UserError
-    for scores that are not finite.
+    occurrences of the target), of these the unseen (none), and warm; length of the input history;
+    target with and without text and picture. model: the contract's encode_items and score. cfg:
+    needs max_len. Raises UserError for scores that are not finite.
     """
     rows = dataset.evaluated_rows(split, cfg.max_len, device, most)
     try:
@@ -161,8 +161,8 @@ def evaluate(model, dataset, cfg, split, device, most=None) -> dict:
 def groups_of(dataset, rows, split) -> dict:
     """Name of a group -> (rows,) bool, for the groups that have users."""
     target = dataset.flat[dataset.targets[split][rows.users]]
-    cold = dataset.train_counts[target] < COLD
-    groups = {"cold": cold, "warm": ~cold}
+    seen = dataset.train_counts[target]
+    groups = {"cold": seen < COLD, "unseen": seen == 0, "warm": seen >= COLD}
     for low, high in HISTORY:
         name = f"history {low}-{high}" if high else f"history {low}+"
         groups[name] = (rows.history >= low) & (rows.history <= (high or math.inf))
@@ -255,13 +255,14 @@ def table(label, summaries) -> str:
 
 
 def demo_scale(dataset, label, result) -> str:
-    """Lines that place a run on the demo shop between popularity and its oracle; "" for other data.
+    """Lines that place a run on the demo shop between popularity and its oracle; "" for other data
+    and for a run that is not tested.
 
     All by masked ranking, since nothing is bought twice there. The oracle knows the shop's
     probabilities; a view is an oracle that cannot see pictures, or texts. It is a bound in
     expectation: on 3,000 users chance moves it by +-0.01.
     """
-    if not (dataset.folder / "oracle.npz").is_file():
+    if not dataset.is_tested or not (dataset.folder / "oracle.npz").is_file():
         return ""
     longest = int(dataset.evaluated_rows("test", 1).history.max())
     rows = dataset.evaluated_rows("test", longest)
@@ -320,10 +321,14 @@ def main():
     ranks, made_on = [], []
     for run in args.runs:
         model, dataset, cfg, device = open_run(Path(run), args.device, args.data)
+        if not dataset.is_tested:
+            raise UserError(
+                f"{run} was trained on everything (--split none): nobody is left to be tested"
+            )
         result = evaluate(model, dataset, cfg, "test", device)
         print(table(Path(run).resolve().name, [summary(result)]))
         ranks.append(result["ranks"])
-        made_on.append((dataset.about["sequences_sha256"], dataset.split))
+        made_on.append((dataset.about["sequences_sha256"], dataset.split, dataset.cut))
     if len(ranks) == 2:
         if made_on[0] != made_on[1]:
             both = " and ".join(args.runs)

@@ -6,6 +6,7 @@
 train.py does this by itself where features are missing. Encoders are
 
     hash, pixels                  built in: they need no download; the defaults of the demo shops
+    vectors.npy, .safetensors     vectors of your own: see common/vectors.py
     microsoft/swin-base-...       a Hugging Face text or vision model: its name there, or a folder
     ViT-B-32:laion2b_s34b_b79k    an open_clip model and its weights' tag or checkpoint file; also
                                   hf-hub: and local-dir:
@@ -46,9 +47,11 @@ from common.files import (
     read_json,
     save_tensors,
     set_aside,
+    sha256,
     write_json,
 )
 from common.progress import Bar
+from common.vectors import is_vectors, read_vectors
 
 CLIP = "ViT-B-32:laion2b_s34b_b79k"    # the default for everything but the demo shops
 MOST = 10                              # sentences or pictures of one item
@@ -78,7 +81,11 @@ def features(dataset, modality, text=None, image=None, device=None, reads=None) 
                       f"are now {set_aside(path)}")
             if not path.is_file():
                 extract(dataset, modality, encoder, pick_device(device))
+    for note in read_json(path.with_suffix(".json")).get("notes", ()):
+        print(f"note: {note}", flush=True)
     vectors, index = read_features(path, dataset.n_items)
+    if is_vectors(encoder):    # what an item has is what it has a row of, whatever else is known
+        dataset.has[modality] = index.any(1).numpy()
     return catalog_of(modality, vectors, index, reads)
 
 
@@ -88,6 +95,10 @@ def encoders(dataset, text=None, image=None) -> dict:
     given = dataset.about["features"]    # with the data
     text = text or given.get("text") or defaults["text"]
     image = image or given.get("image") or defaults["image"]
+    if is_vectors(text):
+        text = str(Path(text).resolve())
+    if is_vectors(image):
+        image = str(Path(image).resolve())
     if image.startswith("keywords:") and "+" not in image:
         image = f"{image}+{text}"        # the encoder that reads the keywords
     return {"text": text, "image": image}
@@ -97,6 +108,8 @@ def inputs_changed(dataset, modality, encoder) -> bool:
     """Whether an existing feature file was made of other texts or pictures. Raises UserError."""
     path = feature_path(dataset.folder, modality, encoder)
     about = about_features(path, keys_of(dataset), encoder)
+    if is_vectors(encoder):    # features without their file still serve
+        return Path(encoder).is_file() and about["inputs_sha256"] != sha256(encoder)
     _, inputs = inputs_of(dataset, modality)
     if not inputs or about.get("inputs_sha256") is None:
         return False
@@ -142,6 +155,9 @@ def fingerprint(inputs, modality) -> str:
 
 def extract(dataset, modality, encoder, device):
     """Encode one modality of all items and write its feature file. Raises UserError."""
+    if is_vectors(encoder):
+        take_over(dataset, modality, encoder)
+        return
     if modality == "image":
         dataset.fetch_pictures()
     which, inputs = inputs_of(dataset, modality)
@@ -155,8 +171,8 @@ def extract(dataset, modality, encoder, device):
         about |= {"template": TEMPLATE[modality], **model.about}
         made_of = {"encoder": encoder, **about}
         vectors, failures, cut = in_parts(parts, model.encode, inputs, PART[modality], made_of)
-        about |= {"failures": failures, "texts_cut": cut}
-        say_what_failed(dataset, encoder, vectors, failures, path)
+        notes = what_failed(dataset, encoder, vectors, failures)
+        about |= {"failures": failures, "texts_cut": cut, "notes": notes}
     index = np.zeros((len(which), max(1, *map(len, which))), np.int64)    # (N, S)
     for row, numbers in zip(index, which):
         row[:len(numbers)] = np.array(numbers, np.int64) + 1
@@ -165,13 +181,31 @@ def extract(dataset, modality, encoder, device):
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def say_what_failed(dataset, encoder, vectors, failures, path):
+def take_over(dataset, modality, file):
+    """Write the feature file of somebody's own vectors. Raises UserError."""
+    keys = keys_of(dataset)
+    vectors, notes = read_vectors(file, keys, dataset.about.get("described"))
+    zero = int((~vectors.any(1)).sum())
+    if zero:
+        notes.append(f"{zero} of {len(keys)} items have no vector in {Path(file).name}, or zeros")
+    index = np.arange(1, len(keys) + 1)[:, None]
+    digest = sha256(file)
+    about = {"weights": {Path(file).name: digest}, "inputs_sha256": digest, "notes": notes}
+    write_features(dataset.folder, modality, file, vectors, index, keys, about)
+
+
+def what_failed(dataset, encoder, vectors, failures) -> list:
+    """Sentences on pictures that cannot be used, and on an encoder that tells nothing apart."""
+    notes = []
     if failures:
         first, reason = next(iter(failures.items()))
-        print(f"{len(failures)} of {len(vectors)} pictures cannot be used, the first is {first} "
-              f"({reason}); all are named in {path.with_suffix('.json')}")
+        notes.append(
+            f"{len(failures)} of {len(vectors)} pictures cannot be used, the first is {first} "
+            f"({reason}); the features' json names all"
+        )
     if len(vectors) - len(failures) > 1 and not (vectors != vectors[0]).any():
-        print(f"warning: {encoder} gives one and the same vector for everything in {dataset.name}")
+        notes.append(f"{encoder} gives one and the same vector for everything in {dataset.name}")
+    return notes
 
 
 def in_parts(folder, encode, inputs, size, made_of):
@@ -211,14 +245,15 @@ def add_arguments(parser):
     data.add_arguments(parser)
     parser.add_argument(
         "--text",
-        help=f"text encoder: hash, a Hugging Face model, or an open_clip model such as {CLIP} "
+        help=f"text encoder: hash, a Hugging Face model, an open_clip model such as {CLIP}, or a "
+             f"file of vectors, .npy or .safetensors "
              f"(default: the features that came with the data, else {CLIP}; for demo shops hash)",
     )
     parser.add_argument(
         "--image",
-        help="image encoder: pixels, a Hugging Face model, an open_clip model, or keywords: and "
-             "one that has texts and pictures in one space (default: as for --text; for demo shops "
-             "pixels)",
+        help="image encoder: pixels, a Hugging Face model, an open_clip model, a file of vectors, "
+             "or keywords: and one that has texts and pictures in one space (default: as for "
+             "--text; for demo shops pixels)",
     )
 
 

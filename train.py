@@ -48,6 +48,7 @@ SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 
 def main():
     args, module = settings.parse()
     settings.check_flags(args)
+    settings.say_what_is_not_used(args, module)
     seeds = settings.seeds_of(args)
     device = pick_device(args.device)
     dataset = data.load_for(args)
@@ -56,7 +57,7 @@ def main():
     job = Job(args, module, cfg, dataset, catalog, device)
     stages, weights = plan(job)
     results = [run_seed(job, stages, weights, seed) for seed in seeds]
-    if len(results) > 1:
+    if len(results) > 1 and dataset.is_tested:
         print(f"mean ± sd of {len(results)} seeds\n{evaluate.table(job.label, results)}")
 
 
@@ -101,6 +102,7 @@ def plan(job):
         ))
     trained = settings.has_recipe(cfg)    # else there is nothing to train
     kind = "prefixes" if getattr(cfg, "prefixes", False) else "sequences"
+    patience = cfg.patience if trained else 0
     stages.append(Stage(
         name="train",
         model=job.module.Model,
@@ -110,7 +112,7 @@ def plan(job):
         weights="model.safetensors",
         epochs=cfg.epochs if trained else 0,
         lr=cfg.lr if trained else 0.,
-        patience=cfg.patience if trained else 0,
+        patience=patience if job.dataset.is_tested else None,
     ))
     refuse_empty(job, stages)
     return stages, first.weights
@@ -120,13 +122,13 @@ def refuse_empty(job, stages):
     """Raises UserError where there is nothing to train on, to validate, or nobody to test."""
     dataset = job.dataset
     missing = [split for split, places in dataset.targets.items() if places.max() < 0]
-    if missing:
+    if missing and dataset.is_tested:
         raise UserError(
             f"{dataset.name} has no {' and no '.join(missing)} targets under --split "
             f"{dataset.split}: it needs users with more interactions"
         )
     every = job.args.valid_every
-    if stages[-1].epochs and every > stages[-1].epochs:
+    if stages[-1].validates and 0 < stages[-1].epochs < every:
         raise UserError(
             f"--valid_every {every} is more than the {stages[-1].epochs} epochs of the run: no "
             f"epoch would be validated"
@@ -150,9 +152,12 @@ def run_seed(job, stages, weights, seed) -> dict:
             result = read_json(folder / "metrics.json")
         else:
             result = train_and_test(job, stages, weights, seed, folder)
-    print(f"\n{evaluate.table(job.label, [result])}\n"
-          f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s, "
-          f"{result['parameters']} weights, everything in {folder}\n", flush=True)
+    epochs = f"{result['epochs']} epochs on everything, nothing is tested"
+    if job.dataset.is_tested:
+        print(f"\n{evaluate.table(job.label, [result])}")
+        epochs = f"best epoch {result['best_epoch']} of {result['epochs']}"
+    print(f"{epochs}, {result['seconds']:.0f} s, {result['parameters']} weights, everything in "
+          f"{folder}\n", flush=True)
     scale = evaluate.demo_scale(job.dataset, job.args.model, result)
     if scale:
         print(f"{scale}\n", flush=True)
@@ -162,14 +167,12 @@ def run_seed(job, stages, weights, seed) -> dict:
 def train_and_test(job, stages, weights, seed, folder) -> dict:
     begin = time.perf_counter()
     model, progress = train(job, stages, weights, seed, folder)
-    valid = evaluate.evaluate(model, job.dataset, job.cfg, "valid", job.device)
-    test = evaluate.evaluate(model, job.dataset, job.cfg, "test", job.device)
-    with atomic(folder / "ranks-test.npy", "wb") as file:
-        np.save(file, test["ranks"])
-    result = {
-        "valid": evaluate.numbers_of(valid),
-        "valid_masked": valid["masked"],
-        **evaluate.summary(test),
+    result = {}
+    examples = []
+    if job.dataset.is_tested:
+        result = tested(job, model, folder)
+        examples = evaluate.examples(model, job.dataset, job.cfg, job.device)
+    result |= {
         "best_epoch": progress.best_epoch,
         "epochs": progress.epoch,
         "seconds_training": progress.seconds,
@@ -182,11 +185,23 @@ def train_and_test(job, stages, weights, seed, folder) -> dict:
             "numpy": np.__version__,
         },
     }
-    examples = evaluate.examples(model, job.dataset, job.cfg, job.device)
     label = f"{job.label}, seed {seed}"
     write_report(folder, label, job.dataset, result, runs.read_log(folder), examples)
     write_json(folder / "metrics.json", result)    # written last: it says that the run is finished
     return result
+
+
+def tested(job, model, folder) -> dict:
+    """The metrics of a trained model; the rank of every test user's target goes into a file."""
+    valid = evaluate.evaluate(model, job.dataset, job.cfg, "valid", job.device)
+    test = evaluate.evaluate(model, job.dataset, job.cfg, "test", job.device)
+    with atomic(folder / "ranks-test.npy", "wb") as file:
+        np.save(file, test["ranks"])
+    return {
+        "valid": evaluate.numbers_of(valid),
+        "valid_masked": valid["masked"],
+        **evaluate.summary(test),
+    }
 
 
 # ---------------- its stages

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from .files import UserError, atomic, keys_sha256, load_tensors, read_json, write_json
 
+LONGEST = 120    # characters of an encoder's name in a file's name
 KEYS = {    # modality -> the catalog keys that its feature file gives
     "text": ("text", "has_text", "sentences", "sentences_mask"),
     "image": ("image", "has_image", "pictures", "pictures_mask"),
@@ -25,8 +26,11 @@ KEYS = {    # modality -> the catalog keys that its feature file gives
 
 
 def feature_path(folder, modality, encoder) -> Path:
-    """`features/text-hash.safetensors`; in an encoder's name all but [a-z0-9_-] becomes a dash."""
+    """`features/text-hash.safetensors`; in an encoder's name all but [a-z0-9_-] becomes a dash, and
+    a name that no disk would take is cut."""
     name = re.sub(r"[^a-z0-9_-]+", "-", str(encoder).lower()).strip("-")
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{keys_sha256([str(encoder)])[:8]}"
     return Path(folder) / "features" / f"{modality}-{name}.safetensors"
 
 

@@ -1,9 +1,10 @@
 """What a data source needs: the shape of what it reads, clean text, and a reader of tables.
 
-A source (one file in sources/) turns raw files into a `Raw`. Its tables are read by `each_row`
-(CSV) and `each_object` (one JSON object a line), which count the lines that cannot be used and
-refuse a file in which there are too many.
+A source (one file in sources/) turns raw files into a `Raw`. Its tables are read by `each_row` (CSV
+and its kin) and `each_object` (one JSON object a line), which count the lines that cannot be used
+and refuse a file in which there are too many.
 """
+import codecs
 import csv
 import gzip
 import html
@@ -14,12 +15,15 @@ import zlib
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from operator import itemgetter
 
 from .files import UserError
 
 MOST_BAD = 0.01          # share of unusable lines above which a file is refused
 LONGEST_LINE = 1 << 22   # bytes; a longer line is read in pieces, so that no line fills the memory
+SHOWN = 60               # characters of an unusable line that a message shows
+SEPARATORS = ",\t;|"
 
 
 @dataclass
@@ -33,7 +37,10 @@ class Raw:
     times: list                 # seconds since 1970, or any numbers that give an order (see clock)
     catalog: dict               # item key -> {"title": str, "text": [str], "language": str,
                                 #              "images": [path or address]}
-    report: dict = field(default_factory=dict)      # what was found and dropped while reading
+    report: dict = field(default_factory=dict)    # what was found and dropped while reading; under
+                                                  # the name of each file that was read, its counts
+    notes: list = field(default_factory=list)     # what was given and is not used, in sentences
+    parts: list = None          # parallel to items: 0 train, 1 valid, 2 test, where files say so
     clock: str = "seconds"      # seconds | day | order; "order": the times are no real times
     core: int = 0               # iterative k-core on users and items; 0 = none
     need_catalog: bool = False  # drop interactions with items that the catalog does not have
@@ -85,7 +92,7 @@ def sentences(*parts, limit=2000) -> list:
     return list(dict.fromkeys(text for text in cleaned if text))
 
 
-# ---------------- tables
+# ---------------- files
 
 class Defect(str):
     """Why a line cannot be used; stands where its row would."""
@@ -99,16 +106,71 @@ def placed(folder, table):
     return None
 
 
-def each_row(path, columns, take, optional=()) -> dict:
-    """Read a CSV file (.gz too): hand the named columns of each line to `take(*cells)` -> counts.
+def first_of(folder, tables):
+    """The first of some tables that is in a folder, compressed or not; None where none is."""
+    return next(filter(None, (placed(folder, table) for table in tables)), None)
+
+
+def latin_1(error):
+    """Bytes that are no UTF-8 are read as Latin-1, as older programs write."""
+    return error.object[error.start:error.end].decode("latin-1"), error.end
+
+
+codecs.register_error("latin_1", latin_1)
+UTF_8 = {"encoding": "utf-8-sig", "errors": "latin_1"}
+OTHER_KINDS = {    # first bytes: (what such a file is, what to do)
+    b"\xff\xfe": ("UTF-16, as Excel's \"Unicode text\"", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16", "save it as UTF-8"),
+    b"PK\x03\x04": ("a zip archive or an Excel file", "unpack it, or save it as CSV"),
+    b"\x1f\x8b": ("compressed", "give its name the end .gz"),
+    b"PAR1": ("a Parquet file", "save it as CSV"),
+}
+
+
+def refuse_other_kinds(path):
+    """Raises UserError for a file, compressed or not, that is no text in UTF-8 or Latin-1."""
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rb") as file:
+        first = file.read(4)
+    for start, (kind, advice) in OTHER_KINDS.items():
+        if first.startswith(start):
+            raise UserError(f"{path} is {kind}: {advice}")
+    if b"\0" in first:
+        raise UserError(f"{path} is damaged or UTF-16 (it has zero bytes): save it as UTF-8")
+
+
+# ---------------- tables
+
+@dataclass(frozen=True)
+class Form:
+    """How a table is written."""
+    separator: str = ","
+    quoted: bool = True    # whether cells may stand in quotes
+    header: tuple = ()     # the names of the columns, where the file does not begin with them
+
+
+CSV = Form()
+TABS = Form("\t", quoted=False)
+
+
+def form_of(path) -> Form:
+    """The form of a table with a header: quoted cells between the most frequent separator there."""
+    for _, text in first_lines(path, 1):
+        return Form(max(SEPARATORS, key=text.count))
+    return CSV
+
+
+def each_row(path, columns, take, optional=(), form=CSV, advice=None, most_bad=MOST_BAD) -> dict:
+    """Read a table (.gz too): hand the named columns of each line to `take(*cells)` -> counts.
 
     take returns None, or a few words that say why the line cannot be used. An optional column that
-    the table lacks is "" in every line. Raises UserError for a missing column, a damaged file,
-    quotes that do not close, or more than 1 % unusable lines.
+    the table lacks is "" in every line. advice: what to do about unusable lines, by their reason.
+    Raises UserError for a missing column, a damaged file, quotes that do not close, or a share of
+    unusable lines above most_bad.
     """
     def rows():
-        lines = csv_lines(path)
-        header = names(next(lines, (0, []))[1])
+        lines = table_lines(path, form)
+        header = names(form.header or next(lines, (0, []))[1])
         missing = [name for name in columns if name not in header]
         if missing:
             raise UserError(
@@ -120,20 +182,25 @@ def each_row(path, columns, take, optional=()) -> dict:
         cells = itemgetter(*places)
         for number, row in lines:
             if len(row) < len(header):
-                yield number, Defect("columns_missing")
+                yield number, Defect("columns_missing"), row
             else:
                 row.append("")    # what place -1, an optional column that is not there, reads
-                yield number, cells(row)
+                yield number, cells(row), row[:-1]
 
-    return count_lines(path, rows(), lambda row: take(*row))
+    return count_lines(path, rows(), lambda row: take(*row), advice, most_bad)
 
 
-def csv_lines(path):
-    """Yield (line number, cells) of a CSV file (.gz too), without blank lines. Raises UserError."""
+def table_lines(path, form=CSV):
+    """Yield (line number, cells) of a table, without blank lines. Raises UserError."""
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_text(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-            lines = csv.reader(file, strict=True)    # else a stray quote swallows what follows
+        refuse_other_kinds(path)
+        with open_text(path, "rt", newline="", **UTF_8) as file:
+            if not form.quoted:
+                yield from split_lines(file, form)
+                return
+            # strict: else a stray quote swallows what follows
+            lines = csv.reader(file, strict=True, delimiter=form.separator)
             for row in filter(None, lines):
                 yield lines.line_num, row
     except csv.Error as error:
@@ -146,16 +213,28 @@ def csv_lines(path):
         ) from None
 
 
+def split_lines(file, form):
+    """Yield (line number, cells) of lines without quotes; the last column has what is left over."""
+    columns = len(form.header)
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            row = line.rstrip("\r\n").split(form.separator, columns - 1)
+            columns = columns or len(row)    # the first line names them
+            yield number, row
+
+
 def names(header) -> list:
-    """The cells of a header as column names."""
-    return [name.strip().lower() for name in header]
+    """The cells of a header as column names: in lower case, without RecBole's `:token`."""
+    return [name.strip().lower().partition(":")[0] for name in header]
 
 
-def header_of(path) -> list:
-    """The column names of a CSV file, in lower case. Raises UserError for what is not CSV."""
-    with closing(csv_lines(path)) as lines:
+def header_of(path, form=CSV) -> list:
+    """The column names of a table, in lower case. Raises UserError for what is no table."""
+    with closing(table_lines(path, form)) as lines:
         return names(next(lines, (0, []))[1])
 
+
+# ---------------- JSON lines
 
 def parse_object(text):
     """A line of JSON -> dict, or the Defect."""
@@ -172,7 +251,7 @@ def each_object(path, take, parse=parse_object) -> dict:
     take returns None, or a few words that say why the line cannot be used. parse: text -> object or
     Defect. Raises UserError for a damaged file or more than 1 % unusable lines.
     """
-    rows = ((number, parse(text)) for number, text in text_lines(path))
+    rows = ((number, parse(text), text) for number, text in text_lines(path))
     return count_lines(path, rows, take)
 
 
@@ -181,8 +260,9 @@ def text_lines(path):
     with open(path, "rb") as file:
         stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
         try:
+            refuse_other_kinds(path)
             for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
-                text = line.decode("utf-8-sig", "replace").strip()
+                text = line.decode(**UTF_8).strip()
                 if text:
                     yield number, text
         except (EOFError, zlib.error, OSError) as error:
@@ -192,28 +272,51 @@ def text_lines(path):
             ) from None
 
 
-def count_lines(path, rows, take) -> dict:
-    """Hand each row of (line number, row) to `take`; what a report says of the file's lines.
+def first_lines(path, most) -> list:
+    """Up to so many (number, text) of `text_lines`."""
+    with closing(text_lines(path)) as lines:
+        return list(islice(lines, most))
+
+
+# ---------------- what cannot be used
+
+def count_lines(path, rows, take, advice=None, most_bad=MOST_BAD) -> dict:
+    """Hand each row of (line number, row, what the file says) to `take`; the counts for a report.
 
     -> {"lines": how many, "bad_lines": {defect: how many}, "first_bad_line": number, if any}.
-    Raises UserError above 1 % of unusable lines.
+    advice: {defect: what to do}. Raises UserError above a share of most_bad unusable lines.
     """
     lines = 0
     bad = Counter()
-    first_bad = None
-    for number, row in rows:
+    first_bad = shown = None
+    for number, row, written in rows:
         lines += 1
         defect = row if isinstance(row, Defect) else take(row)
         if defect:
+            if not bad:
+                first_bad = number
+                shown = cut(written if isinstance(written, str) else ", ".join(written))
             bad[str(defect)] += 1
-            first_bad = first_bad or number
-    if bad.total() > MOST_BAD * lines:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in bad.items())
+    if bad.total() > most_bad * lines:
+        what_to_do = (advice or {}).get(
+            next(iter(bad)), "correct the file or put a complete copy there"
+        )
         raise UserError(
-            f"{path}: {bad.total()} of {lines} lines cannot be used ({kinds}), the first is line "
-            f"{first_bad}: correct the file or put a complete copy there"
+            f"{path}: {bad.total()} of {lines} lines cannot be used ({kinds_of(bad)}), the first "
+            f"is line {first_bad} ({shown}): {what_to_do}"
         )
     counts = {"lines": lines, "bad_lines": dict(bad)}
     if bad:
         counts["first_bad_line"] = first_bad
     return counts
+
+
+def kinds_of(bad) -> str:
+    """{"no_user": 3} -> "no user 3"."""
+    return ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in bad.items())
+
+
+def cut(text, most=SHOWN) -> str:
+    """A text on one line, shortened for a message."""
+    text = clean_text(text)
+    return text if len(text) <= most else f"{text[:most]}..."

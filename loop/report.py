@@ -36,21 +36,30 @@ section { display: flex; flex-wrap: wrap; gap: 0 1.2em; border-bottom: 1px solid
 def write_report(folder, label, dataset, result, log, examples):
     """Write `folder/report.html`.
 
-    result: what metrics.json holds. log: the lines of log.jsonl. examples: of evaluate.examples.
+    result: what metrics.json holds; without test metrics where everything was trained on. log: the
+    lines of log.jsonl. examples: of evaluate.examples.
     """
     title = html.escape(label)
-    lead = (
-        f"Best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s on "
-        f"{html.escape(result['device'])}, {result['parameters']} weights. Test metrics, full "
-        f"ranking over {dataset.n_items} items; masked: without the user's history."
+    cost = (
+        f"{result['seconds']:.0f} s on {html.escape(result['device'])}, {result['parameters']} "
+        f"weights."
     )
-    users = "".join(section(dataset, example) for example in examples)
+    if "test" in result:
+        lead = (
+            f"Best epoch {result['best_epoch']} of {result['epochs']}, {cost} Test metrics, full "
+            f"ranking over {dataset.n_items} items; masked: without the user's history."
+        )
+        head = table(result)
+        sections = "".join(section(dataset, example) for example in examples)
+        users = f"<h2>{len(examples)} test users, drawn at random</h2>\n{sections}"
+    else:
+        lead = f"{result['epochs']} epochs on everything, nothing is tested; {cost}"
+        head = users = ""
     page = f"""<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1>
 <p>{lead}</p>
-{table(result)}
+{head}
 <h2>Training</h2>{curves(log)}
-<h2>{len(examples)} test users, drawn at random</h2>
 {users}"""
     with atomic(folder / "report.html") as file:
         file.write(page)

@@ -39,7 +39,8 @@ from .settings import has_recipe, load_model_file
 
 STAGES = ("pretrain", "train")    # in their order
 LONGER = ("epochs", "patience")   # settings that may grow when a run is resumed
-SINCE = {"valid_every": 1, "valid_users": None}    # of runs that were begun without these settings
+# of runs that were begun without these settings
+SINCE = {"valid_every": 1, "valid_users": None, "cut": None}
 
 
 @dataclass
@@ -69,7 +70,26 @@ def build_catalog(module, dataset, args, device):
             catalog |= extract_features.features(
                 dataset, modality, args.text, args.image, device, module.READS
             )
+    warn_of_what_no_item_has(module, catalog, dataset)
     return catalog
+
+
+RAW = {"text": "titles", "image": "image_paths"}    # catalog keys of what is not encoded yet
+
+
+def warn_of_what_no_item_has(module, catalog, dataset):
+    """Print a line for each modality that a model file READS and that the data set lacks."""
+    for modality, keys in KEYS.items():
+        read = [catalog[key] for key in (*keys, RAW[modality]) if key in module.READS]
+        if read and not any(map(has_any, read)):
+            what = "a text" if modality == "text" else "a picture"
+            name = module.__name__.rpartition(".")[2]
+            print(f"warning: no item of {dataset.name} has {what}, which {name} reads: it runs "
+                  f"without", flush=True)
+
+
+def has_any(value) -> bool:
+    return bool(value.any()) if torch.is_tensor(value) else any(value)
 
 
 def encoders_of(module, cfg, dataset, args):
@@ -255,6 +275,7 @@ def settings_of(job, seed) -> dict:
         "data": str(job.dataset.folder.resolve()),
         "seed": seed,
         "split": args.split,
+        "cut": args.cut,
         "text": args.text,
         "image": args.image,
         "mask_history": args.mask_history,
@@ -376,7 +397,12 @@ def open_run(folder, device=None, where=None):
     module = load_model_file(settings["model_file"])
     device = pick_device(device)
     where = where or where_data_is(folder, settings)
-    dataset = data.load(where, split=settings["split"], train_share=settings["train_share"])
+    dataset = data.load(
+        where,
+        split=settings["split"],
+        train_share=settings["train_share"],
+        cut=settings.get("cut"),
+    )
     if dataset.about["sequences_sha256"] != settings["sequences_sha256"]:
         raise UserError(
             f"{folder} was trained on other data than {dataset.folder} holds now: train it again"

@@ -15,6 +15,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from torch import nn
 
 import extract_features
+from common.features import KEYS
 from common.files import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "models"
@@ -183,7 +184,7 @@ def train_flags():
     add = parser.add_argument
     add("--model", required=True, help=f"{', '.join(MODELS)}, or the path of a model file")
     extract_features.add_arguments(parser)
-    add("--seed", type=int, default=0, help="seed of weights, order and dropout (default: 0)")
+    add("--seed", type=int, help="seed of weights, order and dropout (default: 0)")
     add("--seeds", help="several seeds, such as 0,1,2: prints mean and standard deviation as well")
     add("--mask_history", action="store_true", help="select the epoch by masked validation metrics")
     add("--valid_every", type=int, default=1, help="validate every so many epochs (default: 1)")
@@ -266,9 +267,13 @@ def configure(module, args, data_name):
 def seeds_of(args) -> list:
     """The seeds of --seeds, else the one of --seed. Raises UserError."""
     if args.seeds is None:
+        if args.seed is None:
+            return [0]
         if args.seed < 0:
             raise UserError(f"--seed {args.seed} must not be negative")
         return [args.seed]
+    if args.seed is not None:
+        raise UserError("give --seed or --seeds, not both")
     texts = args.seeds.split(",")
     if not all(text.strip().isdecimal() for text in texts):
         raise UserError(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2")
@@ -276,6 +281,19 @@ def seeds_of(args) -> list:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {args.seeds} names a seed twice: give each once")
     return seeds
+
+
+def say_what_is_not_used(args, module):
+    """Print a line for each flag that was given and changes nothing in this run."""
+    for modality, keys in KEYS.items():
+        encoder = getattr(args, modality)
+        if encoder and not set(module.READS) & set(keys):
+            print(f"note: --{modality} {encoder} is not used: {args.model} does not read it")
+    if args.split == "none":
+        names = ("patience", "valid_users", "mask_history")
+        given = [f"--{name}" for name in names if getattr(args, name, None)]
+        if given:
+            print(f"note: {' and '.join(given)} not used: under --split none no epoch is selected")
 
 
 def check_flags(args):

@@ -42,8 +42,9 @@ from common.files import (
 )
 from common.tables import Raw
 
+from .notes import PICTURES, notes_of_files
+
 FORMAT = 3    # of the processed folder; a folder of another format is made anew
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 SOURCES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 SOURCES = [source for source in SOURCES if hasattr(source, "recognises")]
 NAMES = [name for source in SOURCES for name in getattr(source, "NAMES", ())]
@@ -157,9 +158,17 @@ def source_of_folder(folder):
         if source.recognises(folder):
             return source
     raise UserError(
-        f"no source recognises the files in {folder}: for your own data put interactions.csv "
-        f"(header user,item,time) and, if you have them, items.jsonl there"
+        f"no source recognises the files in {folder} ({files_in(folder)}): for your own data put "
+        f"interactions.csv (header user,item,time) and, if you have them, items.jsonl there; what "
+        f"else is read stands in README.md"
     )
+
+
+def files_in(folder) -> str:
+    """The names of a few files."""
+    names = [path.name for path in raw_files(folder)]
+    more = ", ..." if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "there is none"
 
 
 def slug(name) -> str:
@@ -242,6 +251,8 @@ def carry_out(order, mirror, reason):
     raw = order.source.read(raw_folder, order.name, **choice)
     if order.core is not None:
         raw.core = order.core
+    files = {path.name: fingerprint(path) for path in raw_files(raw_folder)}
+    raw.notes += notes_of_files(raw.report, files)
     about = {
         "format": FORMAT,
         "name": order.out.name,
@@ -251,7 +262,7 @@ def carry_out(order, mirror, reason):
         "by": order.by,
         "pictures": f"../raw/{order.base}/pictures",
         "pictures_in": pictures,
-        "files": {path.name: fingerprint(path) for path in raw_files(raw_folder)},
+        "files": files,
     }
     build(raw, order.out, about, reason)
 
@@ -268,6 +279,9 @@ class Columns:
         self.variants = self.items
         if raw.variants:
             self.variants = codes(raw.variants, sorted(set(raw.variants)))
+        self.parts = np.zeros(len(self.users), np.int8)
+        if raw.parts:
+            self.parts = np.asarray(raw.parts, np.int8)
         self.steps = []
         self.count("read")
 
@@ -277,6 +291,7 @@ class Columns:
         self.items = self.items[which]
         self.times = self.times[which]
         self.variants = self.variants[which]
+        self.parts = self.parts[which]
         self.count(step)
 
     def count(self, step):
@@ -310,6 +325,8 @@ def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
     kept_users = np.unique(columns.users)
     keys = [item_keys[i] for i in kept_items]
     sequences = sequences_of(columns, kept_users, kept_items)
+    if not raw.parts:
+        del sequences["parts"]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -326,21 +343,28 @@ def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
             index = np.arange(1, len(rows) + 1)[:, None]
             origin = {"weights": "given with the data"}
             write_features(made, modality, encoder, rows, index, keys, origin)
-        write_json(made / "source.json", about | {
-            "clock": raw.clock,
-            "image_root": raw.image_root,
-            "picture_hosts": raw.picture_hosts,
-            "core": raw.core,
-            "items_sha256": keys_sha256(keys),
-            "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]),
-            "report": raw.report,
-            "features": {modality: encoder for modality, (encoder, _) in raw.features.items()},
-            "counts": columns.steps,
-            "published": raw.published,
-        })
+        what_is_made = about_data(raw, keys, sequences) | {"counts": columns.steps}
+        write_json(made / "source.json", about | what_is_made)
         take_place(made, out, reason)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def about_data(raw, keys, sequences) -> dict:
+    """What source.json says of what was made. keys: of the items, in id order."""
+    return {
+        "clock": raw.clock,
+        "image_root": raw.image_root,
+        "picture_hosts": raw.picture_hosts,
+        "core": raw.core,
+        "described": described_first(keys, raw.catalog),
+        "items_sha256": keys_sha256(keys),
+        "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]),
+        "report": raw.report,
+        "notes": raw.notes,
+        "features": {modality: encoder for modality, (encoder, _) in raw.features.items()},
+        "published": raw.published,
+    }
 
 
 def apply_filters(raw, columns, item_keys, name):
@@ -362,15 +386,24 @@ def apply_filters(raw, columns, item_keys, name):
 
 
 def sequences_of(columns, kept_users, kept_items) -> dict:
-    """{"items": ids 1..N, one user after the other, "times", "offsets": where each user begins}"""
+    """{"items": ids 1..N, one user after the other, "times", "parts": 0 train, 1 valid, 2 test,
+    "offsets": where each user begins}"""
     users = np.searchsorted(kept_users, columns.users)
     items = np.searchsorted(kept_items, columns.items)
     order = np.lexsort((np.arange(len(users)), columns.times, users))
     return {
         "items": (items[order] + 1).astype(np.int32),
         "times": np.floor(columns.times[order]).astype(np.int64),
+        "parts": columns.parts[order],
         "offsets": np.searchsorted(users[order], np.arange(len(kept_users) + 1)),
     }
+
+
+def described_first(keys, catalog) -> int:
+    """How many items the catalog has, if they are the first; else 0."""
+    known = [key in catalog for key in keys]
+    count = sum(known)
+    return count if all(known[:count]) else 0
 
 
 def write_items(folder, keys, catalog):

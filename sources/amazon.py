@@ -3,7 +3,7 @@
         reviews, one object a line             metadata, one object a line: title, description and
 2014    reviewerID, asin, unixReviewTime       asin, categories, brand, imUrl (Python literals)
 2018    the same names                         asin, category, brand, imageURL, imageURLHighRes
-2023    user_id, parent_asin, timestamp (ms)   parent_asin, categories, store, images
+2023    user_id, parent_asin, timestamp (ms)   parent_asin, features, categories, store, images
 
 Reviews of 2014 and 2018 are dated to the day. `<Category>_5` holds the reviews of persons and
 products with five. Sources: https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html (2014),
@@ -13,13 +13,14 @@ https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ (2018), https://amazon-rev
 import ast
 import json
 import re
-from itertools import islice, takewhile
+from collections import Counter
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from common.files import UserError
-from common.tables import Defect, Raw, clean_text, each_object, sentences, text_lines
+from common.tables import Defect, Raw, clean_text, each_object, first_lines, sentences
 from common.web import download
 
 MAX_IMAGES = 10
@@ -98,20 +99,27 @@ def read(folder, name) -> Raw:
     name: a known set, or None for any other folder. Raises UserError for a missing or damaged file,
     more than 1 % unusable lines, or several categories in one folder.
     """
-    reviews, metadata, ignored = files_of_set(folder, name) if name else files_of_folder(folder)
+    reviews, metadata = files_of_set(folder, name) if name else files_of_folder(folder)
     users, items, times, clock, counts = read_reviews(reviews)
     report = {reviews.name: counts}
     catalog = {}
+    notes = []
     if metadata:
-        catalog, report[metadata.name] = read_metadata(metadata, set(items))
+        catalog, found = read_metadata(metadata, set(items))
+        report[metadata.name] = found
+        if found["pictures_not_understood"]:
+            notes.append(
+                f"{metadata.name}: the pictures of {found['pictures_not_understood']} products are "
+                f"not understood: an address is wanted"
+            )
     report["items_without_metadata"] = len(set(items) - catalog.keys())
-    report["ignored_files"] = ignored
     published = {}
     if name in SETS:
         published = dict(zip(("users", "items", "interactions", "source"), SETS[name][2:]))
     return Raw(
         users, items, times, catalog,
         report=report,
+        notes=notes,
         clock=clock,
         core=5 if name else 0,
         need_catalog=name is not None,
@@ -152,18 +160,18 @@ def file_for(folder, path):
 
 
 def files_of_set(folder, name) -> tuple:
-    """(reviews, metadata, []) of a known set."""
+    """(reviews, metadata) of a known set."""
     reviews, metadata = (file_for(folder, path) for path in paths_and_bases(name)[0])
     if not (reviews and metadata):
         raise UserError(
             f"{folder} lacks the {'metadata' if reviews else 'reviews'} of {name}: ask for {name} "
             f"by name, then they are fetched"
         )
-    return reviews, metadata, []
+    return reviews, metadata
 
 
 def files_of_folder(folder) -> tuple:
-    """Reviews, metadata (None where there are none) and the names of the files passed over."""
+    """(reviews, metadata) of somebody's folder; None for metadata that are not there."""
     categories = categories_in(folder)
     with_metadata = {category: files for category, files in categories.items() if files[1]}
     chosen = with_metadata or categories
@@ -173,10 +181,7 @@ def files_of_folder(folder) -> tuple:
             f"folder for each"
         )
     (reviews, metadata), = chosen.values()
-    used = {reviews[0], *metadata[:1]}
-    every = [path for files in categories.values() for path in sum(files, [])]
-    ignored = sorted(path.name for path in every if path not in used)
-    return reviews[0], metadata[0] if metadata else None, ignored
+    return reviews[0], metadata[0] if metadata else None
 
 
 def categories_in(folder) -> dict:
@@ -201,7 +206,7 @@ def categories_in(folder) -> dict:
 def clock_of(path):
     """"day" or "seconds", told by the fields of the first lines; None if they are no reviews."""
     try:
-        for _, text in islice(text_lines(path), 100):
+        for _, text in first_lines(path, 100):
             row = parse(text)
             for clock, (user, item, _) in FIELDS.items():
                 if isinstance(row, dict) and key_of(row.get(user)) and key_of(row.get(item)):
@@ -269,6 +274,7 @@ def read_metadata(path, wanted) -> tuple:
     """-> catalog of the wanted items, counts. Of a product described twice, the first counts."""
     catalog = {}
     seen = set()
+    found = Counter()
 
     def parse_if_wanted(text):
         # most products have no review here, and literal_eval takes a millisecond
@@ -283,6 +289,8 @@ def read_metadata(path, wanted) -> tuple:
             return "no_item"
         if key in wanted and key not in seen:
             catalog[key] = describe(row)
+            if has_pictures(row) and not catalog[key]["images"]:
+                found["pictures_not_understood"] += 1
         seen.add(key)
 
     counts = each_line(path, take, parse_if_wanted)
@@ -290,6 +298,7 @@ def read_metadata(path, wanted) -> tuple:
     counts["items"] = len(seen)
     counts["duplicate_items"] = good - len(seen)
     counts["titles_unusable"] = sum(not item["title"] for item in catalog.values())
+    counts["pictures_not_understood"] = found["pictures_not_understood"]
     return catalog, counts
 
 
@@ -328,6 +337,7 @@ def seconds(value):
 def describe(row) -> dict:
     """Title, text and pictures of a product."""
     text = [
+        *as_list(row.get("features") or row.get("feature")),
         *as_list(row.get("description")),
         ", ".join(category_path(row)),
         row.get("brand") or row.get("store"),
@@ -354,24 +364,44 @@ def category_path(row) -> list:
     return list(filter(None, map(clean_text, path)))
 
 
+PICTURE_KEYS = ("images", "imageURLHighRes", "imageURL", "image", "imUrl")
+
+
+def has_pictures(row) -> bool:
+    """Whether a product's metadata say anything of pictures."""
+    for value in map(row.get, PICTURE_KEYS):
+        parts = value.values() if isinstance(value, dict) else as_list(value)
+        if any(parts):
+            return True
+    return False
+
+
 def images_of(row) -> list:
     """Addresses of a product's pictures: the largest size, distinct, at most MAX_IMAGES."""
     thumbnails = as_list(row.get("imageURL") or row.get("image"))
-    sizes = [
-        [image.get(size) for size in ("hi_res", "large", "thumb")]
-        for image in as_list(row.get("images")) if isinstance(image, dict)
-    ]
     kinds = (
         as_list(row.get("imageURLHighRes")),
         [THUMBNAIL.sub("", str(url)) for url in thumbnails],
         as_list(row.get("imUrl")),
-        [next(filter(is_address, urls), None) for urls in sizes],
+        [next(filter(is_address, urls), None) for urls in sizes_of(row.get("images"))],
     )
     for urls in kinds:
         found = list(dict.fromkeys(filter(is_address, urls)))
         if found:
             return found[:MAX_IMAGES]
     return []
+
+
+def sizes_of(images) -> list:
+    """The sizes of each picture, the largest first, of a list of objects as published in 2023, or
+    of an object of lists, as the library datasets saves it."""
+    sizes = ("hi_res", "large", "thumb")
+    if isinstance(images, dict):
+        return list(zip_longest(*(as_list(images.get(size)) for size in sizes)))
+    return [
+        [image.get(size) for size in sizes]
+        for image in as_list(images) if isinstance(image, dict)
+    ]
 
 
 def is_address(value) -> bool:

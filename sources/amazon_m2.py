@@ -67,18 +67,16 @@ def read(folder, name) -> Raw:
     """
     wanted = LOCALES.get(name)
     locales = {wanted} if wanted else LANGUAGES.keys()
-    users, items, times, sessions = read_sessions(placed(folder, SESSIONS), locales)
+    sessions, products = placed(folder, SESSIONS), placed(folder, PRODUCTS)
+    report = {}
+    users, items, times, report[sessions.name] = read_sessions(sessions, locales)
     used = set(items)
-    catalog, products = read_products(placed(folder, PRODUCTS), used)
+    catalog, report[products.name] = read_products(products, used)
+    report["items_without_metadata"] = len(used) - len(catalog)
     published = {}
     if wanted:
         n_users, n_items = PUBLISHED[wanted]
         published = {"users": n_users, "items": n_items, "interactions": "-", "source": "SRMML"}
-    report = {
-        SESSIONS: sessions,
-        PRODUCTS: products,
-        "items_without_metadata": len(used) - len(catalog),
-    }
     return Raw(users, items, times, catalog, clock="order", report=report, published=published)
 
 

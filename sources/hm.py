@@ -3,7 +3,8 @@
 transactions_train.csv   t_dat (YYYY-MM-DD), customer_id, article_id; no more is read
 articles.csv             article_id, prod_name and, where present, detail_desc and the names of
                          type, group and colour
-images/                  <first 3 digits>/<article_id>.jpg; the folder may be a link
+images/                  <first 3 digits>/<article_id>.jpg; the folder may be a link, have a longer
+                         name (images_128_128), or lie in itself (images/images)
 
 Both tables may be compressed (.csv.gz). An article id has ten digits, the first of them a zero
 that spreadsheets lose. Its first seven digits are the product, whose colours the articles are;
@@ -29,7 +30,8 @@ CATEGORY = ("product_type_name", "product_group_name", "garment_group_name", "in
 LOOK = ("graphical_appearance_name", "colour_group_name")
 UNKNOWN = {"", "nan", "unknown", "undefined"}
 ARTICLE = re.compile(r"[0-9]{9,10}")
-PICTURE = re.compile(r"images/[0-9]{3}/([0-9]{10})\.(jpg|jpeg|png)", re.IGNORECASE)
+FOLDERS = ("images*/*/*", "images*/images*/*/*")
+PICTURE = re.compile(r"(.*)/[0-9]{3}/([0-9]{10})\.(jpg|jpeg|png)", re.IGNORECASE)
 MAX_IMAGES = 10
 DAY = 86_400
 
@@ -61,8 +63,9 @@ def read(folder, name, by="article") -> Raw:
     lines.
     """
     digits = DIGITS[by]
-    users, sold_articles, times, counts = read_sales(placed(folder, SALES))
-    report = {SALES: counts}
+    sales = placed(folder, SALES)
+    users, sold_articles, times, counts = read_sales(sales)
+    report = {sales.name: counts}
     key_of = {article: article[:digits] for article in set(sold_articles)}    # one string per item
     items = [key_of[article] for article in sold_articles]
     sold = dict.fromkeys(items)
@@ -70,7 +73,7 @@ def read(folder, name, by="article") -> Raw:
     texts = {}
     articles = placed(folder, ARTICLES)
     if articles:
-        texts, report[ARTICLES] = read_articles(articles, sold, digits)
+        texts, report[articles.name] = read_articles(articles, sold, digits)
     catalog = {}
     for item in sold:
         if item in texts or item in images:
@@ -78,9 +81,13 @@ def read(folder, name, by="article") -> Raw:
             catalog[item] = {**words, "language": "en", "images": images.get(item, [])}
     report["items_without_metadata"] = len(sold) - len(texts)
     report["items_without_picture"] = len(sold) - len(images)
+    notes = []
+    if not images:
+        notes.append("no picture of an article was found under images/NNN/NNNNNNNNNN.jpg")
     return Raw(
         users, items, times, catalog,
         report=report,
+        notes=notes,
         clock="day",
         core=5 if name else 0,
         variants=sold_articles,
@@ -150,7 +157,9 @@ def read_articles(path, sold, digits) -> tuple:
 
 
 def picture_files(folder) -> list:
-    return sorted(path.replace(os.sep, "/") for path in glob.glob("images/*/*", root_dir=folder))
+    """Paths, from the folder, of what may be pictures."""
+    paths = [path for form in FOLDERS for path in glob.glob(form, root_dir=folder)]
+    return sorted(path.replace(os.sep, "/") for path in paths)
 
 
 def pictures_in(folder) -> int:
@@ -161,12 +170,16 @@ def pictures_in(folder) -> int:
 def find_images(folder, sold, digits) -> dict:
     """sold item -> paths of its articles' pictures, in the articles' order, at most MAX_IMAGES."""
     images = {}
+    found_in = {}    # article -> folder; a second one may have the same pictures in another size
     for path in picture_files(folder):
         match = PICTURE.fullmatch(path)
-        if match and match[1][:digits] in sold:
-            paths = images.setdefault(match[1][:digits], [])
-            if len(paths) < MAX_IMAGES:
-                paths.append(path)
+        if not match or match[2][:digits] not in sold:
+            continue
+        if found_in.setdefault(match[2], match[1]) != match[1]:
+            continue
+        paths = images.setdefault(match[2][:digits], [])
+        if len(paths) < MAX_IMAGES:
+            paths.append(path)
     return images
 
 

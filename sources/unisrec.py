@@ -7,11 +7,14 @@ together again here. They have an order but no times. Sources: github.com/RUCAIB
 github.com/gimpong/MM23-MISSRec.
 """
 from collections import defaultdict
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from common.files import UserError
-from common.tables import Raw, clean_text
+from common.tables import TABS, Raw, clean_text, each_row, first_lines, header_of
 
 CUT = 50    # items before the target in a row of .inter
 # users, items, interactions as the UniSRec paper prints them (Table 1)
@@ -36,96 +39,105 @@ def read(folder, name) -> Raw:
             f"{folder} holds several data sets ({', '.join(stems)}): give each a folder of its own"
         )
     stem = folder / stems[0]
-    item_keys = read_index(f"{stem}.item2index")
-    user_keys = read_index(f"{stem}.user2index")
+    if Path(f"{stem}.pt_datasets").is_file():
+        raise UserError(
+            f"{folder} holds a mix of domains that UniSRec pre-trains on, which has no users of "
+            f"its own: give the folders of its domains to --pretrain_data"
+        )
+    report = {}
+    item_keys = read_index(Path(f"{stem}.item2index"), report)
+    user_keys = read_index(Path(f"{stem}.user2index"), report)
     users, items = [], []
-    sequences = read_sequences(stem, len(user_keys), len(item_keys))
+    sequences = read_sequences(stem, len(user_keys), len(item_keys), report)
     for user, sequence in sorted(sequences.items()):
         users += [user_keys[user]] * len(sequence)
         items += [item_keys[i] for i in sequence]
-    texts = {}
-    for key, text in lines(f"{stem}.text", 2):
-        texts.setdefault(key, clean_text(text))
-    catalog = {
-        key: {"title": texts[key], "text": [], "language": "en", "images": []}
-        for key in item_keys if key in texts
-    }
-    features = {}
-    for modality, suffix in (("text", "feat1CLS"), ("image", "feat3CLS")):
-        path = folder / f"{stems[0]}.{suffix}"
-        if path.is_file():
-            features[modality] = (suffix.lower(), read_features(path, len(item_keys)))
     published = {}
-    known = PUBLISHED.get(stems[0])
+    known = PUBLISHED.get(stem.name)
     if known and known[1] == len(item_keys):    # else it is a part of that set
         published = dict(zip(("users", "items", "interactions"), known), source="UniSRec")
     return Raw(
-        users, items, list(range(len(users))), catalog,
-        report={"item texts of other items": len(texts.keys() - set(item_keys))},
+        users, items, list(range(len(users))),
+        catalog=read_texts(Path(f"{stem}.text"), item_keys, report),
+        report=report,
         clock="order",
         item_order=item_keys,
         user_order=user_keys,
-        features=features,
+        features=read_features(stem, len(item_keys), report),
         published=published,
     )
 
 
-def lines(path, columns):
-    """Rows of a tab-separated file, without a header (a first line with `:token` in it)."""
-    try:
-        file = open(path, encoding="utf-8-sig", errors="replace")
-    except FileNotFoundError:
+def read_texts(path, item_keys, report) -> dict:
+    """The catalog: one text for each item, taken for its title."""
+    texts = {}
+
+    def take(key, text):
+        texts.setdefault(key, clean_text(text))
+
+    report[path.name] = each_line(path, ("key", "text"), take)
+    report["item texts of other items"] = len(texts.keys() - set(item_keys))
+    return {
+        key: {"title": texts[key], "text": [], "language": "en", "images": []}
+        for key in item_keys if key in texts
+    }
+
+
+def each_line(path, columns, take) -> dict:
+    """`each_row` of a tab-separated file, with a header (which has `:token` in it) or without.
+
+    Raises UserError for a missing file and for the first line that cannot be used.
+    """
+    if not path.is_file():
         raise UserError(
             f"{path} is missing: copy it into the folder beside the other files of the data set"
-        ) from None
-    with file:
-        for number, line in enumerate(file, 1):
-            header = number == 1 and ":token" in line
-            if header or not line.strip():
-                continue
-            row = line.rstrip("\r\n").split("\t", columns - 1)
-            if len(row) != columns:
-                raise UserError(
-                    f"{path}, line {number} has {len(row)} columns, not {columns}: fetch the file "
-                    f"again"
-                )
-            yield row
+        )
+    headed = any(":token" in text for _, text in first_lines(path, 1))
+    header = tuple(header_of(path, TABS)) if headed else columns
+    form = replace(TABS, header=() if headed else columns)
+    return each_row(path, header[:len(columns)], take, form=form, most_bad=0)
 
 
-def read_index(path) -> list:
-    """Keys in index order. Raises UserError unless the indices are 0..n-1, each once."""
-    rows = [(key.strip(), index.strip()) for key, index in lines(path, 2)]
-    by_index = {index: key for key, index in rows}
-    keys = [by_index.get(str(i)) for i in range(len(rows))]
+def read_index(path, report) -> list:
+    """Keys in index order; the lines are counted in the report.
+
+    Raises UserError unless the indices are 0..n-1, each once.
+    """
+    by_index = {}
+
+    def take(key, index):
+        by_index[index.strip()] = key.strip()
+
+    report[path.name] = each_line(path, ("key", "index"), take)
+    lines = report[path.name]["lines"]
+    keys = [by_index.get(str(i)) for i in range(lines)]
     if None in keys or len(set(keys)) < len(keys):
         raise UserError(
-            f"{path} must give the indices 0 to {len(rows) - 1}, each to one key: fetch the file "
-            f"again"
+            f"{path} must give the indices 0 to {lines - 1}, each to one key: fetch the file again"
         )
     return keys
 
 
-def read_sequences(stem, n_users, n_items) -> dict:
-    """user index -> whole sequence of item indices."""
+def read_sequences(stem, n_users, n_items, report) -> dict:
+    """user index -> whole sequence of item indices. report: where the lines are counted."""
     rows = defaultdict(dict)    # user -> {the last CUT items up to and with the target: row}
     last = {}                   # user -> the row that ends last
+
+    def take(part, user, before, target):
+        try:
+            user = int(user)
+            row = [*map(int, before.split()), int(target)]
+        except ValueError:
+            return "no_numbers"
+        if not (0 <= user < n_users and min(row) >= 0 and max(row) < n_items):
+            return "not_in_the_index_files"
+        rows[user][tuple(row[-CUT:])] = row
+        if part != "train" or len(row) > len(last.get(user, ())):
+            last[user] = row
+
     for part in ("train", "valid", "test"):
-        path = f"{stem}.{part}.inter"
-        for user, before, target in lines(path, 3):
-            try:
-                user = int(user)
-                row = [*map(int, before.split()), int(target)]
-                known = 0 <= user < n_users and min(row) >= 0 and max(row) < n_items
-            except ValueError:
-                known = False
-            if not known:
-                raise UserError(
-                    f"{path} names user {user} or an item of theirs that the index files do not "
-                    f"have: fetch the files again"
-                )
-            rows[user][tuple(row[-CUT:])] = row
-            if part != "train" or len(row) > len(last.get(user, ())):
-                last[user] = row
+        path = Path(f"{stem}.{part}.inter")
+        report[path.name] = each_line(path, ("user", "before", "target"), partial(take, part))
     return {user: whole_sequence(row, rows[user]) for user, row in last.items()}
 
 
@@ -144,12 +156,19 @@ def whole_sequence(last, rows) -> list:
     return older[::-1] + last
 
 
-def read_features(path, n_items):
-    """float32 (n_items, D). Raises UserError."""
-    rows = np.fromfile(path, np.float32)
-    if rows.size == 0 or rows.size % n_items or not np.isfinite(rows).all():
-        raise UserError(
-            f"{path} must hold finite float32 rows for {n_items} items, but has {rows.size} "
-            f"numbers or some that are not finite: fetch the file again"
-        )
-    return rows.reshape(n_items, -1)
+def read_features(stem, n_items, report) -> dict:
+    """modality -> (encoder, float32 (n_items, D)). Raises UserError."""
+    features = {}
+    for modality, suffix in (("text", "feat1CLS"), ("image", "feat3CLS")):
+        path = Path(f"{stem}.{suffix}")
+        if not path.is_file():
+            continue
+        rows = np.fromfile(path, np.float32)
+        if rows.size == 0 or rows.size % n_items or not np.isfinite(rows).all():
+            raise UserError(
+                f"{path} must hold finite float32 rows for {n_items} items, but has {rows.size} "
+                f"numbers or some that are not finite: fetch the file again"
+            )
+        features[modality] = (suffix.lower(), rows.reshape(n_items, -1))
+        report[path.name] = f"features of {n_items} items"
+    return features

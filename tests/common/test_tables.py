@@ -17,6 +17,7 @@ from common.tables import (
     parse_object,
     placed,
     sentences,
+    table_lines,
     text_lines,
 )
 
@@ -101,9 +102,27 @@ def test_a_short_line_is_bad_and_is_not_handed_on(tmp_path):
     assert counts == {"lines": 100, "bad_lines": {"columns_missing": 1}, "first_bad_line": 101}
 
 
-def test_bytes_that_are_no_text_spoil_only_their_cell(tmp_path):
-    path = write(tmp_path / "t.csv", b"a,b\n\xff\xfe,2\n")
-    assert rows_of(path, "a", "b")[0] == [("\ufffd\ufffd", "2")]
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_older_programs_write_latin_1(tmp_path, encoding):
+    table = write(tmp_path / "t.csv", "a,b\nCafé,2\n".encode(encoding))
+    assert rows_of(table, "a", "b")[0] == [("Café", "2")]
+    lines = write(tmp_path / "t.jsonl", '{"a": "Café"}\n'.encode(encoding))
+    assert list(text_lines(lines)) == [(1, '{"a": "Café"}')]
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ("a,b\n1,2\n".encode("utf-16"), "is UTF-16, as Excel's .* save it as UTF-8"),
+    ("a,b\n1,2\n".encode("utf-16-le"), "is damaged or UTF-16 .*: save it as UTF-8"),
+    (b"PK\x03\x04 and more", "is a zip archive or an Excel file: unpack it, or save it as CSV"),
+    (gzip.compress(b"a,b\n1,2\n"), "is compressed: give its name the end .gz"),
+    (b"PAR1 and more", "is a Parquet file: save it as CSV"),
+])
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_other_kinds_of_files_are_named(tmp_path, content, sentence, end):
+    for name in ("t.csv", "t.jsonl"):
+        path = write(tmp_path / f"{name}{end}", content)
+        with pytest.raises(UserError, match=sentence):
+            list(table_lines(path) if "csv" in name else text_lines(path))
 
 
 @pytest.mark.parametrize("content, message", [
@@ -195,11 +214,17 @@ def test_one_percent_of_bad_lines_is_counted_and_more_is_refused(tmp_path):
     def take(row):
         return "odd" if row == 1 else None
 
-    rows = [(number, 0) for number in range(2, 200)] + [(300, 1), (301, Defect("broken"))]
+    rows = [(number, 0, "") for number in range(2, 200)]
+    rows += [(300, 1, "so it is\nwritten"), (301, Defect("no_book"), ["a"])]
     assert count_lines("t", rows, take) == {
-        "lines": 200, "bad_lines": {"odd": 1, "broken": 1}, "first_bad_line": 300,
+        "lines": 200, "bad_lines": {"odd": 1, "no_book": 1}, "first_bad_line": 300,
     }
-    message = r"t: 2 of 199 lines cannot be used \(odd 1, broken 1\), the first is line 300:"
-    with pytest.raises(UserError, match=message):
+    message = (
+        r"t: 2 of 199 lines cannot be used \(odd 1, no book 1\), the first is line 300 "
+        r"\(so it is written\): "
+    )
+    with pytest.raises(UserError, match=message + "correct the file"):
         count_lines("t", rows[1:], take)
+    with pytest.raises(UserError, match=message + "make it even"):
+        count_lines("t", rows[1:], take, {"odd": "make it even"})
     assert count_lines("t", [], take) == {"lines": 0, "bad_lines": {}}

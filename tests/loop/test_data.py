@@ -106,6 +106,103 @@ def test_a_share_of_the_users_trains_and_all_are_evaluated(shop, tmp_path):
         assert part.targets[split].tolist() == whole.targets[split].tolist()
 
 
+DAYS = [f"{'ab'[t % 2]},i{t},2022-09-{t + 1:02}" for t in range(20)]    # two users in turn
+
+
+def bounds_of(dataset):
+    """The days of September on which the training ends, and of the targets of user a."""
+    def day(place):
+        return dataset.times[place].astype("datetime64[s]").item().day
+
+    return day(dataset.train_end[0] - 1), *(day(p[0]) for p in dataset.targets.values())
+
+
+@pytest.mark.parametrize("cut, bounds", [
+    ("2022-09-11,2022-09-15", (9, 11, 15)),
+    ("2022-09-11 12:00,2022-09-15", (11, 13, 15)),
+    (".5,.75", (9, 11, 17)),
+    ("2022-09-19", (15, 17, 19)),    # validation: the last ninth of what lies before, 2 days of 18
+    (None, (15, 17, 19)),
+    (".9", (15, 17, 19)),
+])
+def test_the_cuts_can_be_chosen(tmp_path, cut, bounds):
+    folder = write_csv(tmp_path / "days", DAYS)
+    dataset = data.load(folder, root=tmp_path / "data", split="temporal", cut=cut)
+    assert bounds_of(dataset) == bounds
+
+
+@pytest.mark.parametrize("cut, split, sentence", [
+    ("soon", "temporal", "--cut soon is not understood: give one or two dates"),
+    ("2022-09-11,", "temporal", "is not understood"),
+    ("1,2,3", "temporal", "is not understood"),
+    ("2022-09-15,2022-09-11", "temporal", "between 2022-09-01 and 2022-09-20"),
+    ("2023-01-01", "temporal", "leaves nothing to train on, to validate or to test"),
+    ("2021-01-01", "temporal", "leaves nothing"),
+    ("2022-09-15", "leave_one_out", "--cut 2022-09-15 belongs to --split temporal"),
+])
+def test_cuts_that_cannot_be_used_are_one_sentence(tmp_path, cut, split, sentence):
+    folder = write_csv(tmp_path / "days", DAYS)
+    with pytest.raises(UserError, match=sentence):
+        data.load(folder, root=tmp_path / "data", split=split, cut=cut)
+
+
+PARTS = {    # not in the order of time: the files decide
+    "train": ["a,t1,5", "a,t2,6", "b,t1,5", "c,t2,5"],
+    "valid": ["a,v1,9", "a,v2,4", "c,v1,6", "d,v1,1"],
+    "test": ["a,s2,3", "a,s1,2", "b,s1,9", "d,s1,2"],
+}
+
+
+def write_parts(folder):
+    folder.mkdir()
+    for part, lines in PARTS.items():
+        (folder / f"{part}.csv").write_text("user,item,time\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_split_that_came_with_the_data(tmp_path):
+    dataset = data.load(write_parts(tmp_path / "own"), root=tmp_path / "data", split="files")
+    keys = [item["key"] for item in dataset.items]
+
+    def named(items):
+        return [keys[item] for item in items]
+
+    assert [named(seq) for seq in dataset.train_seqs] == [["t1", "t2"], ["t1"], ["t2"], []]
+    assert named(histories(dataset)[0]) == ["t1", "t2", "v2", "v1", "s1", "s2"]
+    targets = {
+        split: [keys[dataset.flat[place]] if place >= 0 else None for place in places]
+        for split, places in dataset.targets.items()
+    }
+    assert targets == {"valid": ["v2", None, "v1", None], "test": ["s1", "s1", None, "s1"]}
+    rows = dataset.evaluated_rows("test", 10)
+    batch = rows.batch(torch.tensor([0]), 4)
+    assert named(batch["seq"][0].tolist()) == ["t1", "t2", "v2", "v1"]
+    assert dataset.notes()[-2:] == [
+        "2 of 4 valid interactions are no targets: a user's first one is, with items before it",
+        "1 of 4 test interactions are no targets: a user's first one is, with items before it",
+    ]
+
+
+def test_a_given_split_is_mentioned_where_it_is_not_used(tmp_path):
+    dataset = data.load(write_parts(tmp_path / "own"), root=tmp_path / "data")
+    assert any("--split files keeps it as it came" in note for note in dataset.notes())
+    # and the histories are in the order of time again
+    keys = [item["key"] for item in dataset.items]
+    assert [keys[item] for item in histories(dataset)[0]] == ["s1", "s2", "v2", "t1", "t2", "v1"]
+
+
+def test_data_in_one_piece_have_no_split_of_their_own(shop, tmp_path):
+    with pytest.raises(UserError, match="came in one piece.*give train.csv, valid.csv and test"):
+        data.load(shop, root=tmp_path / "data", split="files")
+
+
+def test_without_a_split_everything_is_trained_on(shop, tmp_path):
+    dataset = data.load(shop, root=tmp_path / "data", split="none")
+    assert dataset.train_seqs == histories(dataset)
+    assert all((places == -1).all() for places in dataset.targets.values())
+    assert not dataset.is_tested
+
+
 # ---------------- rows and batches
 
 @pytest.mark.parametrize("max_len", [3, 50])

@@ -1,5 +1,6 @@
 """The loop from the command line: what is written, several seeds, bad input, bad steps."""
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ import torch
 
 import data as datasets
 import train
-from common.files import UserError, alone_in
+from common.files import UserError, alone_in, load_tensors
+from extract_features import features
 from helpers import ROOT, refused, run, write_shop
 
 CONTENT = ("--text", "hash", "--image", "pixels")
@@ -406,3 +408,164 @@ def test_gradients_are_clipped_at_the_models_own_setting(shop, tmp_path, monkeyp
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
     run("train.py", *SASREC, "--epochs", 1, "--clip_norm", given, cwd=tmp_path)
     assert set(limits) == {limit}
+
+
+# ---------------- trained on everything
+
+def test_without_a_split_all_epochs_are_trained_and_nothing_is_tested(shop, tmp_path):
+    flags = (*SASREC, *SMALL, "--split", "none")
+    done = run("train.py", *flags, "--patience", 1, cwd=tmp_path)
+    assert "4 epochs on everything, nothing is tested" in done.stdout
+    assert "note: --patience not used: under --split none no epoch is selected" in done.stdout
+    folder = tmp_path / "runs" / "sasrec-shop-0"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "log.jsonl", "model.safetensors", "state.safetensors", "metrics.json",
+        "report.html",
+    }
+    assert not {"valid", "test", "groups"} & metrics_of(folder).keys()
+    assert [line.keys() & {"valid", "selected_by"} for line in log_of(folder)] == [set()] * 4
+    assert "nothing is tested" in (folder / "report.html").read_text()
+    weights = load_tensors(folder / "model.safetensors")[0]
+    last = load_tensors(folder / "state.safetensors")[0]
+    for name, weight in weights.items():
+        assert torch.equal(weight, last[f"model.{name}"])
+    refused(run("evaluate.py", folder, cwd=tmp_path, ok=False), "was trained on everything")
+    # killed after the last epoch, and resumed with more
+    (folder / "metrics.json").unlink()
+    more = (*SASREC, *SMALL, "--split", "none", "--patience", 1, "--epochs", 5, "--resume")
+    run("train.py", *more, cwd=tmp_path)
+    assert len(log_of(folder)) == 5
+    whole = run("train.py", *more[:-1], "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0
+    assert (folder / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "sasrec-shop-0" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("model", ["pop", "msm4sr"])
+def test_other_models_without_a_split(shop, tmp_path, model):
+    flags = SMALL if model == "msm4sr" else CONTENT
+    run("train.py", "--model", model, "--data", "shop", *flags, "--split", "none", "--seeds", "0,1",
+        cwd=tmp_path)
+    assert "test" not in metrics_of(tmp_path / "runs" / f"{model}-shop-1")
+
+
+def test_another_cut_is_another_run(shop, tmp_path):
+    days = ("--split", "temporal", "--cut", "2017-07-18,2017-07-20")
+    run("train.py", *SASREC, *SMALL, *days, cwd=tmp_path)
+    folder = tmp_path / "runs" / "sasrec-shop-0"
+    assert rows_of(run("evaluate.py", folder, cwd=tmp_path).stdout)
+    other = ("--split", "temporal", "--cut", ".8,.9", "--resume")
+    done = run("train.py", *SASREC, *SMALL, *other, cwd=tmp_path, ok=False)
+    refused(done, "other settings (cut)")
+
+
+# ---------------- what was given and is not used
+
+def notes_of(printed):
+    return [line for line in printed.splitlines() if line.startswith(("note: ", "warning: "))]
+
+
+def test_every_command_says_what_is_not_used(shop, tmp_path):
+    items = [{"item": f"i{i}", "title": "Mug", "images": [f"img/{i}.png"], "price": 1}
+             for i in range(30)]
+    (shop / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (shop / "products.json").write_text("[]")
+    np.save(shop / "idle.npy", np.ones(3))
+    expected = [
+        "note: items.jsonl: keys not read: price (30)",
+        "note: not read: products.json; what is read are interactions.csv, items.jsonl",
+        "note: not used: idle.npy; vectors are given as --text FILE or --image FILE",
+        f"note: 30 of 30 picture paths of the items are not on disk, the first is img/0.png (there "
+        f"is no folder img), in {shop}",
+    ]
+    commands = {
+        "data.py": ("shop",),
+        "extract_features.py": ("--data", "shop", *CONTENT),
+        "train.py": ("--model", "mdsrec", "--data", "shop", *SMALL),
+    }
+    for script, args in commands.items():
+        printed = notes_of(run(script, *args, cwd=tmp_path).stdout)
+        assert printed[:4] == expected, script
+    assert printed[4:] == [
+        "warning: no item of shop has a picture, which mdsrec reads: it runs without"
+    ]
+
+
+def test_a_picture_path_that_is_nearly_right(shop, tmp_path):
+    (shop / "img").mkdir()
+    (shop / "img" / "A.PNG").write_bytes(b"x")
+    item = {"item": "i1", "images": ["img/a.png"]}
+    (shop / "items.jsonl").write_text(json.dumps(item) + "\n")
+    done = run("data.py", "shop", cwd=tmp_path)
+    note, = [line for line in notes_of(done.stdout) if "disk" in line]
+    assert "the first is img/a.png (but there is A.PNG)" in note
+
+
+def test_pictures_that_no_item_names(shop, tmp_path):
+    (shop / "img").mkdir()
+    for name in ("b.jpg", "a.jpg"):
+        (shop / "img" / name).write_bytes(b"x")
+    assert (
+        f"note: 2 pictures in {shop} are named by no item, the first is img/a.jpg: give the items "
+        f'a key images, such as "images": ["img/a.jpg"]'
+    ) in notes_of(run("data.py", "shop", cwd=tmp_path).stdout)
+
+
+@pytest.mark.parametrize("model, flags, idle", [
+    ("sasrec", CONTENT, ["--text hash", "--image pixels"]),
+    ("cosine", CONTENT, []),
+    ("srmml", CONTENT, []),
+    ("pop", ("--image", "pixels"), ["--image pixels"]),
+])
+def test_encoders_that_a_model_does_not_read(shop, tmp_path, model, flags, idle):
+    small = () if model in ("pop", "cosine") else ("--dim", 16, "--epochs", 1)
+    done = run("train.py", "--model", model, "--data", "shop", *flags, *small, cwd=tmp_path)
+    notes = [line for line in notes_of(done.stdout) if "is not used" in line]
+    assert notes == [f"note: {flag} is not used: {model} does not read it" for flag in idle]
+
+
+def test_seed_and_seeds_together_are_refused(shop, tmp_path):
+    done = run("train.py", *SASREC, "--seed", 1, "--seeds", "0,1", cwd=tmp_path, ok=False)
+    refused(done, "give --seed or --seeds, not both")
+
+
+# ---------------- vectors of one's own
+
+def test_own_vectors_from_the_command_to_the_evaluation(shop, tmp_path):
+    rows = np.random.default_rng(0).standard_normal((30, 6))
+    rows[4] = 0
+    np.save(tmp_path / "v.npy", rows)
+    done = run("train.py", "--model", "mdsrec", "--data", "shop", *SMALL, "--image", "v.npy",
+               cwd=tmp_path)
+    assert "note: 1 of 30 items have no vector in v.npy, or zeros" in done.stdout
+    folder = tmp_path / "runs" / "mdsrec-shop-0"
+    groups = metrics_of(folder)["groups"]
+    assert groups["without image"]["users"] + groups["with image"]["users"] == 60
+    dataset = datasets.load(shop, root=tmp_path / "data")
+    image = features(dataset, "image", image=tmp_path / "v.npy")["image"]
+    keys = [json.loads(line)["item"] for line in open(shop / "items.jsonl")]
+    place = {item["key"]: number for number, item in enumerate(dataset.items)}
+    for key, row in zip(keys, rows):    # in the order of the user's own items.jsonl
+        np.testing.assert_array_equal(image[place[key]], row.astype(np.float32))
+    before = rows_of(done.stdout)
+    assert rows_of(run("evaluate.py", folder, cwd=tmp_path).stdout) == before
+    # changed vectors are noticed, and those of the run kept
+    np.save(tmp_path / "v.npy", rows + 1)
+    again = run("train.py", "--model", "mdsrec", "--data", "shop", *SMALL, "--image", "v.npy",
+                cwd=tmp_path)
+    assert "have changed" in again.stdout
+    (tmp_path / "v.npy").unlink()
+    assert rows_of(run("evaluate.py", folder, cwd=tmp_path).stdout) == rows_of(again.stdout)
+
+
+@pytest.mark.parametrize("rows, sentence", [
+    (np.ones((29, 4)), "v.npy has 29 rows, and the data set has 30 items"),
+    (np.full((30, 4), np.nan), "row 0 .counted from 0. has a number that is not finite"),
+])
+def test_vectors_that_do_not_fit_are_one_sentence(shop, tmp_path, rows, sentence):
+    np.save(tmp_path / "v.npy", rows)
+    done = run("train.py", "--model", "mdsrec", "--data", "shop", *SMALL, "--text", "v.npy",
+               cwd=tmp_path, ok=False)
+    assert re.search(sentence, done.stderr)
+    refused(done)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from common.files import UserError
+from common.files import UserError, read_json
 from helpers import send
-from sources import amazon
+from sources import amazon, prepare
 
 DAY = 86_400
 MAY_2014 = 1_400_000_000
@@ -83,8 +83,11 @@ def test_five_core_comes_before_all_reviews(tmp_path):
     write(tmp_path / "meta_Tea.json.gz", [{"asin": "A1", "title": "Tea"}])
     raw = amazon.read(tmp_path, None)
     assert raw.users == ["core"]
-    assert raw.report["ignored_files"] == ["Other.json", "Tea.json"]
     assert raw.catalog["A1"]["title"] == "Tea"
+    notes = read_json(prepare(tmp_path, tmp_path / "data") / "source.json")["notes"]
+    assert notes == [
+        "not read: Other.json, Tea.json; what is read are Tea_5.json.gz, meta_Tea.json.gz"
+    ]
 
 
 def test_several_categories_are_refused(tmp_path):
@@ -197,7 +200,11 @@ def test_metadata_of_2014_are_python_literals(tmp_path):
     }
     assert raw.report["meta_Baby.json.gz"] == {
         "lines": 5, "bad_lines": {}, "items": 4, "duplicate_items": 1, "titles_unusable": 1,
+        "pictures_not_understood": 1,
     }
+    assert raw.notes == [
+        "meta_Baby.json.gz: the pictures of 1 products are not understood: an address is wanted"
+    ]
     assert raw.report["items_without_metadata"] == 1
     assert raw.clock == "day"
 
@@ -250,7 +257,14 @@ def test_metadata_of_2018(tmp_path):
     assert raw.report["meta_Tea.json.gz"]["titles_unusable"] == 2
 
 
-def test_metadata_of_2023(tmp_path):
+def saved_by_datasets(images):
+    """A list of objects as an object of lists."""
+    sizes = ("hi_res", "large", "thumb", "variant")
+    return {size: [(image or {}).get(size) for image in images] for size in sizes}
+
+
+@pytest.mark.parametrize("shape", [list, saved_by_datasets])
+def test_metadata_of_2023(tmp_path, shape):
     write(tmp_path / "Tea.jsonl", [review_2023(item="P1")])
     images = [
         {"thumb": "https://t/1.jpg", "large": "https://l/1.jpg", "hi_res": "https://h/1.jpg"},
@@ -266,17 +280,18 @@ def test_metadata_of_2023(tmp_path):
         "store": "Leaf",
         "categories": ["Food", "Tea"],
         "description": ["Loose"],
-        "features": [],
+        "features": ["Green.", "From Uji"],
         "bought_together": None,
-        "images": images,
+        "images": shape(images),
     }])
     raw = amazon.read(tmp_path, None)
     assert raw.catalog == {"P1": {
         "title": "Чай 茶",
-        "text": ["Loose", "Food, Tea", "Leaf"],
+        "text": ["Green.", "From Uji", "Loose", "Food, Tea", "Leaf"],
         "language": "en",
         "images": ["https://h/1.jpg", "https://l/2.jpg", "https://t/3.jpg"],
     }}
+    assert raw.notes == []
 
 
 def test_rows_without_a_key_and_rows_nobody_needs(tmp_path):
@@ -417,7 +432,7 @@ def test_real_files_of_2018(real):
     }
     assert raw.report["meta_Magazine_Subscriptions.json.gz"] == {
         "lines": 3385, "bad_lines": {}, "items": 2320, "duplicate_items": 1065,
-        "titles_unusable": 148,
+        "titles_unusable": 148, "pictures_not_understood": 0,
     }
     assert raw.report["items_without_metadata"] == 6
     assert (len(raw.catalog), len(raw.users), raw.clock) == (151, 2375, "day")

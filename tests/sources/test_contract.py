@@ -53,6 +53,53 @@ EXAMPLES = {
             )),
         },
         bad={"interactions.csv": "u1,,5", "items.jsonl": "{"},
+        zipped=True,
+    ),
+    "recbole": Example(
+        files={
+            "X.inter": table(
+                *(f"u{i % 9}\tÄ{i % 7}\t{1_500_000_000 + i}" for i in NUMBERS),
+                header="user_id:token\titem_id:token\ttimestamp:float",
+            ),
+            "X.item": table(
+                *(f'Ä{i}\t"Thé" {i}\tTea' for i in NUMBERS),
+                header="item_id:token\ttitle:token_seq\tcategories:token_seq",
+            ),
+        },
+        bad={"X.inter": "u1\t\t5", "X.item": "\tno key\tTea"},
+    ),
+    "mmrec": Example(
+        files={
+            "X.inter": table(
+                *(f"{i % 9}\t{i % 7}\t{1_500_000_000 + i}\t{i % 3}" for i in NUMBERS),
+                header="userID\titemID\ttimestamp\tx_label",
+            ),
+            "i_id_mapping.csv": table(*(f"B{i}\t{i}" for i in NUMBERS), header="asin\titemID"),
+        },
+        bad={"X.inter": "1\t\t5\t0", "i_id_mapping.csv": "B1"},
+    ),
+    "sequences": Example(
+        files={"X.txt": table(*(f"{i % 9} {i}" for i in NUMBERS))},
+        bad={"X.txt": "1 tea"},
+    ),
+    "movielens": Example(
+        files={
+            "ratings.dat": table(*(f"{i % 9}::{i % 7}::5::{9e8 + i:.0f}" for i in NUMBERS)),
+            "movies.dat": table(*(f"{i}::Amélie {i} (2001)::Comedy|Romance" for i in NUMBERS)),
+        },
+        bad={"ratings.dat": "1::::5::900000000", "movies.dat": "::No number::Comedy"},
+    ),
+    "amazon_ratings": Example(
+        files={
+            "Tea.csv": table(*(f"B00000000{i % 7},A000000000{i % 9},5.0,{9e8 + i:.0f}"
+                               for i in NUMBERS)),
+            "meta_Tea.json": table(*(
+                json.dumps({"asin": f"B00000000{i}", "title": f"Thé {i}"}, ensure_ascii=False)
+                for i in NUMBERS
+            )),
+        },
+        bad={"Tea.csv": "B000000001,,5.0,900000000", "meta_Tea.json": "{}"},
+        zipped=True,
     ),
     "unisrec": Example(
         files={

@@ -1,10 +1,13 @@
 """sources/folder.py, somebody's own data: small folders with the dirt that hand-made files have."""
+import csv
+import gzip
+import io
 import json
 import time
 
 import pytest
 
-from common.files import UserError
+from common.files import UserError, read_json
 from sources import folder, prepare
 
 TIMES_2017 = 1_500_000_000
@@ -45,9 +48,9 @@ def test_own_folder(tmp_path, histories):
     assert (raw.core, raw.need_catalog, raw.image_root) == (0, False, str(path.resolve()))
     out = prepare(path, root=tmp_path / "data")
     assert histories(out) == {"u1": ["a", "c", "b"]}
-    # the whole catalog: an unsold item can be recommended, and so can an item without a line
+    # the whole catalog, in its order, then what has no line: all of it can be recommended
     keys = [json.loads(line)["key"] for line in open(out / "items.jsonl", encoding="utf-8")]
-    assert keys == ["7", "a", "b", "c", "unsold"]
+    assert keys == ["a", "b", "unsold", "7", "c"]
 
 
 # ---------------- interactions
@@ -70,12 +73,12 @@ def test_own_folder(tmp_path, histories):
     "milliseconds", "microseconds", "nanoseconds", "days", "zones", "counted", "from 1970",
     "two columns of times", "columns in another order", "no times",
 ])
-def test_times(tmp_path, capsys, text, times, clock, report):
+def test_times(tmp_path, text, times, clock, report):
     raw = folder.read(write(tmp_path / "own", text), None)
     assert list(zip(raw.users, raw.items)) == [("u", "a"), ("u", "b")]
     assert (raw.times, raw.clock) == (times, clock)
     assert raw.report == {"interactions.csv": {"lines": 2, "bad_lines": {}}, **report}
-    assert ("has no column time" in capsys.readouterr().out) == ("time" not in text.lower())
+    assert any("has no column time" in note for note in raw.notes) == ("time" not in text.lower())
 
 
 def test_a_time_without_a_zone_is_utc_on_every_machine(tmp_path, monkeypatch):
@@ -141,7 +144,7 @@ def test_bad_items_are_skipped_and_counted(tmp_path):
         "bad_lines": {"not_json": 1, "not_an_object": 1, "no_item": 6},
         "first_bad_line": 801,
     }
-    assert raw.report["items described twice, the first kept"] == 1
+    assert "items.jsonl describes 1 items twice: the first counts" in raw.notes
 
 
 def test_pictures_outside_the_folder_are_refused(tmp_path):
@@ -153,4 +156,179 @@ def test_pictures_outside_the_folder_are_refused(tmp_path):
     images = [*refused, "ok/a.jpg", "", "http://e.org/../a.jpg"]
     raw = folder.read(write(tmp_path / "own", items=[{"item": "a", "images": images}]), None)
     assert raw.catalog["a"]["images"] == ["ok/a.jpg", "http://e.org/../a.jpg"]
-    assert raw.report["picture paths refused"] == len(refused)
+    sentence, = [note for note in raw.notes if "refused" in note]
+    assert sentence == (
+        "items.jsonl: 11 picture paths refused (leaves the folder, or is the folder 5, absolute 1, "
+        "backslash or drive 3, no text 2), the first is ../x.jpg: give paths inside the folder, "
+        "with /, or addresses"
+    )
+
+
+# ---------------- other names, other separators, other tables
+
+@pytest.mark.parametrize("name, text", [
+    ("interactions.csv", "user_id,item_id,timestamp\nu,a,1500000000\nu,b,1500000001\n"),
+    ("interactions.csv", "User ID;Product-ID;Event Time\nu;a;1500000000\nu;b;1500000001\n"),
+    ("interactions.csv", "user\titem\ttime\nu\ta\t1500000000\nu\tb\t1500000001\n"),
+    ("interactions.tsv", "uid\tasin\tdate\nu\ta\t2017-07-14T02:40:00\nu\tb\t1500000001\n"),
+    ("interactions.csv", "visitorid|movieId|ts\nu|a|1500000000\nu|b|1500000001\n"),
+    ("interactions.csv", '"user","item","time"\n"u","a","1500000000"\nu,b,1500000001\n'),
+    ("interactions.csv.gz", "user,item,time\nu,a,1500000000\nu,b,1500000001\n"),
+    ("interactions.csv", "session_id;item;time\nu;a;1500000000\nu;b;1500000001\n"),
+])
+def test_usual_names_and_separators(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert folder.recognises(tmp_path)
+    raw = folder.read(tmp_path, None)
+    assert list(zip(raw.users, raw.items, raw.times)) == [
+        ("u", "a", 1500000000), ("u", "b", 1500000001),
+    ]
+    assert raw.report[name]["lines"] == 2
+    session = "interactions.csv has no users: each session_id is taken for a user"
+    assert raw.notes == ([session] if "session_id" in text else [])
+
+
+def test_the_user_comes_before_the_session_and_columns_that_are_not_read_are_named(tmp_path):
+    text = "rating,session,item,user,event_type,time\n5,s1,a,u,buy,1500000000\n"
+    raw = folder.read(write(tmp_path / "own", text), None)
+    assert raw.users == ["u"]
+    assert raw.notes == ["interactions.csv: columns not read: rating, session, event_type"]
+
+
+def test_utf_16_is_named(tmp_path):
+    write(tmp_path / "own")
+    table = "user,item,time\nu,a,1\n".encode("utf-16")
+    (tmp_path / "own" / "interactions.csv").write_bytes(table)
+    with pytest.raises(UserError, match="interactions.csv is UTF-16, .*: save it as UTF-8"):
+        folder.read(tmp_path / "own", None)
+
+
+def test_a_time_that_is_not_understood_is_shown_with_a_form_that_would_do(tmp_path):
+    path = write(tmp_path / "own", "user,item,time\nu,a,14. Juli 2017\nu,b,15. Juli 2017\n")
+    with pytest.raises(UserError) as error:
+        folder.read(path, None)
+    assert str(error.value) == (
+        f"{path / 'interactions.csv'}: 2 of 2 lines cannot be used (time not understood 2), the "
+        f"first is line 2 (u, a, 14. Juli 2017): write times as seconds since 1970 or as "
+        f"2017-07-14 12:30:00"
+    )
+
+
+@pytest.mark.parametrize("names", [
+    ("train.csv", "valid.csv", "test.csv"), ("train.tsv", "validation.csv", "test.csv.gz"),
+])
+def test_train_valid_and_test(tmp_path, names, histories):
+    for number, name in enumerate(names):
+        text = f"user,item,time\nu,i{number},{TIMES_2017 + number}\n"
+        content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        (tmp_path / name).write_bytes(content)
+    raw = folder.read(tmp_path, None)
+    assert (raw.items, raw.parts) == (["i0", "i1", "i2"], [0, 1, 2])
+    assert histories(prepare(tmp_path, tmp_path / "data")) == {"u": ["i0", "i1", "i2"]}
+
+
+def test_a_column_may_say_the_part(tmp_path):
+    text = "user,item,time,split\nu,a,1,train\nu,b,2,Validation\nu,c,3,test\n"
+    assert folder.read(write(tmp_path / "own", text), None).parts == [0, 1, 2]
+    with pytest.raises(UserError, match="part not understood 1.*: write train, valid or test"):
+        folder.read(write(tmp_path / "own", "user,item,split\nu,a,later\n"), None)
+
+
+def test_some_tables_with_times_and_some_without_are_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("user,item,time\nu,a,1500000000\n")
+    (tmp_path / "test.csv").write_text("user,item\nu,b\n")
+    with pytest.raises(UserError, match="test.csv .* all have a column time, or none"):
+        folder.read(tmp_path, None)
+
+
+# ---------------- catalogs
+
+ITEM = {
+    "title": "Mug", "text": ["Holds 0.3 l.", "Blue.", "Kitchen, Mugs", "Acme"], "language": "en",
+    "images": ["p/1.jpg", "https://e.org/1.jpg"],
+}
+
+
+def test_usual_keys_of_catalogs(tmp_path):
+    raw = folder.read(write(tmp_path / "own", items=[{
+        "product_id": 1, "Name": "Mug", "description": "Holds 0.3 l.", "features": ["Blue."],
+        "categories": [["Kitchen", "Mugs"]], "brand": "Acme", "lang": "en",
+        "image": "p/1.jpg", "image_url": "https://e.org/1.jpg", "price": 3, "rank": 9,
+    }, {"product_id": 2, "price": 4}]), None)
+    assert raw.catalog["1"] == ITEM
+    assert "items.jsonl: keys not read: price (2), rank (1)" in raw.notes
+
+
+@pytest.mark.parametrize("name, separator", [
+    ("items.csv", ","), ("items.csv", ";"), ("items.tsv", "\t"), ("items.csv.gz", ","),
+])
+def test_a_catalog_as_a_table(tmp_path, name, separator):
+    row = [
+        "1", "Mug", "Holds 0.3 l.", "['Blue.']", "['Kitchen', 'Mugs']", "Acme", "en",
+        "p/1.jpg|https://e.org/1.jpg", "3",
+    ]
+    header = [
+        "item_id", "title", "description", "features", "category", "brand", "language", "images",
+        "price",
+    ]
+    empty = ["2", "nan", "None", "", "", "", "", "", ""]
+    rows = [header, row, empty]
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator).writerows(rows)
+    write(tmp_path / "own")
+    content = text.getvalue().encode()
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    (tmp_path / "own" / name).write_bytes(content)
+    raw = folder.read(tmp_path / "own", None)
+    assert raw.catalog["1"] == ITEM
+    assert raw.catalog["2"] == {"title": "", "text": [], "language": "", "images": []}
+    assert f"{name}: keys not read: price (2)" in raw.notes
+
+
+@pytest.mark.parametrize("other", ["items.json", "products.csv", "items.csv", "items.parquet"])
+def test_files_that_are_not_read_are_named(tmp_path, other):
+    path = write(tmp_path / "own", items=[{"item": "a"}])
+    (path / other).write_text("item,title\na,Mug\n")
+    (path / "README.txt").write_text("words")
+    notes = read_json(prepare(path, tmp_path / "data") / "source.json")["notes"]
+    assert f"not read: {other}; what is read are interactions.csv, items.jsonl" in notes
+
+
+@pytest.mark.parametrize("bought, described, shown", [
+    ("12.0", "12", "12 against 12.0"), ("0000000012", "12", "12 against 0000000012"),
+    ("A7", "a7", "a7 against A7"), ("x", "y", "y against x"),
+])
+def test_ids_that_are_written_differently(tmp_path, bought, described, shown):
+    text = f"user,item,time\nu,{bought},1\n"
+    raw = folder.read(write(tmp_path / "own", text, [{"item": described}]), None)
+    assert (
+        f"none of the 1 items of items.jsonl occurs in interactions.csv ({shown}): are the ids "
+        f"written alike?"
+    ) in raw.notes
+
+
+def test_items_that_only_one_file_has_are_counted(tmp_path):
+    raw = folder.read(write(
+        tmp_path / "own", "user,item,time\nu,a,1\nu,b,2\nu,c,3\n",
+        [{"item": "a"}, {"item": "d"}, {"item": "e"}],
+    ), None)
+    assert raw.notes[-2:] == [
+        "2 of 3 items of items.jsonl do not occur in interactions.csv, the first is d: they are "
+        "ranked like all others",
+        "2 of 3 items of interactions.csv are not in items.jsonl, the first is b",
+    ]
+
+
+@pytest.mark.parametrize("image, why", [
+    ("/home/x/1.png", "absolute"), ("img\\1.png", "backslash or drive"),
+    ("data:image/png;base64,xx", "neither a path nor a web address"),
+    ("file:///x/1.png", "neither a path nor a web address"),
+    ("../1.png", "leaves the folder, or is the folder"),
+])
+def test_why_a_picture_is_refused(tmp_path, image, why):
+    raw = folder.read(write(tmp_path / "own", items=[{"item": "a", "images": [image]}]), None)
+    assert raw.catalog["a"]["images"] == []
+    assert any(note.startswith(
+        f"items.jsonl: 1 picture paths refused ({why} 1), the first is {image}"
+    ) for note in raw.notes)

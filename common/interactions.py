@@ -1,0 +1,132 @@
+"""Interactions from tables whose columns have usual names, in whatever order.
+
+`Interactions` reads one table or several (train, valid, test) and gives the columns of a `Raw`.
+Names are compared without case and without what is no letter or digit: `User_ID` is `userid`.
+"""
+import re
+
+from .files import UserError
+from .tables import each_row, form_of, header_of
+from .times import ADVICE, Times
+
+USERS = (
+    "user", "userid", "uid", "reviewerid", "customer", "customerid", "client", "clientid", "member",
+    "memberid", "visitor", "visitorid", "buyer", "buyerid", "account", "accountid",
+)
+SESSIONS = ("session", "sessionid", "sid")
+ITEMS = (
+    "item", "itemid", "iid", "product", "productid", "asin", "parentasin", "article", "articleid",
+    "movie", "movieid", "sku", "book", "bookid", "isbn", "track", "trackid", "song", "songid",
+    "video", "videoid", "news", "newsid", "business", "businessid",
+)
+TIMES = (
+    "time", "timestamp", "datetime", "date", "ts", "eventtime", "eventtimestamp", "eventdate",
+    "unixreviewtime", "reviewtime", "createdat", "orderdate", "purchasedate", "tdat",
+)
+PARTS = ("split", "part", "xlabel")
+FILES = {    # name of a table: which part it is
+    "train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2,
+}
+PART = {**FILES, "0": 0, "1": 1, "2": 2}    # what a cell of such a column says
+ADVICES = {"time_not_understood": ADVICE, "part_not_understood": "write train, valid or test"}
+
+
+class Interactions:
+    """users, items, times and parts of one table or several; then `columns`."""
+
+    def __init__(self):
+        self.users = []
+        self.items = []
+        self.parts = []
+        self.times = Times()
+        self.timed = None    # whether the tables have times: all or none
+        self.notes = []
+        self.keys = {}       # one string per key, however many lines
+
+    def read(self, path, form=None, part=None) -> dict:
+        """Add a table -> what `each_row` counts.
+
+        form: how it is written; None = as its first line says. part: of train, valid and test the
+        one that it is, 0 to 2. Raises UserError for a missing column or a file that cannot be used.
+        """
+        form = form or form_of(path)
+        user, item, time, own_part = self.find_columns(path, form)
+
+        def take(user, item, time, name):
+            user, item = on_one_line(user), on_one_line(item)
+            if not (user and item):
+                return "no_user_or_item"
+            place = PART.get(name.strip().lower()) if own_part else part
+            if place is None and own_part:
+                return "part_not_understood"
+            if not self.times.add(time if self.timed else str(len(self.users))):
+                return "time_not_understood"
+            self.users.append(self.keys.setdefault(user, user))
+            self.items.append(self.keys.setdefault(item, item))
+            if place is not None:
+                self.parts.append(place)
+
+        optional = (time or "time", own_part or "split")
+        return each_row(path, (user, item), take, optional, form, ADVICES)
+
+    def find_columns(self, path, form) -> tuple:
+        """The names of the columns user, item, time, part; None for the last two where absent."""
+        header = list(form.header) or header_of(path, form)
+        user, session, item = (find(header, names) for names in (USERS, SESSIONS, ITEMS))
+        time, part = (find(header, names) for names in (TIMES, PARTS))
+        if session and not user:
+            user = session
+            self.notes.append(f"{path.name} has no users: each {session} is taken for a user")
+        if self.timed not in (None, time is not None):
+            raise UserError(
+                f"{path} and the other tables in its folder must all have a column time, or none"
+            )
+        self.timed = time is not None
+        if not self.timed:
+            self.notes.append(
+                f"{path.name} has no column time: the order of its lines is the order of events"
+            )
+        unread = [name for name in header if name and name not in (user, item, time, part)]
+        if unread:
+            self.notes.append(f"{path.name}: columns not read: {', '.join(unread)}")
+        return user or "user", item or "item", time, part
+
+    def columns(self, path, report) -> dict:
+        """users, items, times, clock, parts and notes, as arguments of `Raw`.
+
+        path: what a message names. report: where what was found of the times is added. Raises
+        UserError for times that can be read in two ways.
+        """
+        times, found, clock = self.times.in_seconds(path)
+        report |= found
+        notes = list(self.notes)
+        if self.timed and clock == "order" and len(times):
+            notes.append(
+                f"the times of {path.name} are no dates (the first is {times[0]:g}): they give the "
+                f"order of events only"
+            )
+        return {
+            "users": self.users,
+            "items": self.items,
+            "times": times.tolist(),
+            "clock": clock if self.timed else "order",
+            "parts": self.parts or None,
+            "notes": notes,
+        }
+
+
+def find(header, names):
+    """The column that has the first of these names that any has; None where none has."""
+    plain = {}
+    for column in header:
+        plain.setdefault(plain_name(column), column)
+    return next((plain[name] for name in names if name in plain), None)
+
+
+def plain_name(name) -> str:
+    """`User_ID` -> `userid`."""
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+def on_one_line(key) -> str:
+    return " ".join(key.split())

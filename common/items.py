@@ -1,0 +1,255 @@
+"""What is known of an item, from an object or a row whose keys have usual names.
+
+`Items` collects a catalog: titles, texts, languages and pictures; and, for the sentences that are
+printed, the keys that it did not know and the pictures that it refused. Names of keys are compared
+as in interactions.py.
+"""
+import ast
+import re
+from collections import Counter
+from pathlib import PurePosixPath, PureWindowsPath
+
+from .interactions import ITEMS, find, plain_name
+from .tables import (
+    clean_text,
+    each_object,
+    each_row,
+    first_of,
+    form_of,
+    header_of,
+    sentences,
+)
+
+TITLES = (
+    "title", "name", "itemname", "itemtitle", "productname", "producttitle", "prodname",
+    "movietitle", "moviename",
+)
+TEXTS = (    # in the order in which they stand in an item's texts
+    ("text", "texts"),
+    ("description", "desc", "detaildesc", "overview", "summary", "abstract", "plot", "synopsis"),
+    ("features", "feature", "bulletpoints", "bullets"),
+    ("categories", "category", "maincategory", "genres", "genre", "class", "tags",
+     "keywords"),
+    ("brand", "store", "manufacturer", "author", "authors", "artist", "publisher"),
+    ("color", "colour", "material", "style"),
+)
+LISTED = {"categories", "category", "maincategory", "genres", "genre", "tags", "keywords"}
+CATALOGS = ("items.jsonl", "items.csv", "items.tsv")
+LANGUAGES = ("language", "lang", "locale")
+IMAGES = (
+    "images", "image", "imageurl", "imageurls", "imgurl", "imurl", "img", "imgs", "imagepath",
+    "imagepaths", "imagefile", "picture", "pictures", "pictureurl", "photo", "photos", "thumbnail",
+    "poster", "posterurl", "cover", "coverurl", "imageurlhighres",
+)
+KNOWN = {*ITEMS, *TITLES, *sum(TEXTS, ()), *LANGUAGES, *IMAGES}
+EMPTY = {"", "nan", "null", "none"}    # what programs write into a cell that has nothing
+SURROGATE = re.compile("[\ud800-\udfff]")
+SEVERAL = re.compile(r"\s*[|;]\s*|[,\s]+(?=https?://)")    # between the pictures in one cell
+
+
+class Items:
+    """A catalog, filled by `read`."""
+
+    def __init__(self):
+        self.catalog = {}          # item key -> title, text, language, images
+        self.file = ""             # the name of the file that was read last
+        self.twice = 0             # described again: the first counts
+        self.unread = Counter()    # key -> in how many items it was not read
+        self.refused = Counter()   # why -> how many pictures
+        self.first_refused = ""
+
+    def read_beside(self, folder, report) -> list:
+        """Add the catalog of a folder, if it has one: CATALOGS -> sentences on what is not used.
+
+        report: where its lines are counted. Raises UserError.
+        """
+        path = first_of(folder, CATALOGS)
+        if path is None:
+            return []
+        report[path.name] = self.read(path)
+        return self.notes()
+
+    def read(self, path, form=None) -> dict:
+        """Add items.jsonl or a table of items -> the counts of its lines. Raises UserError."""
+        self.file = path.name
+        if path.name.removesuffix(".gz").endswith(".jsonl"):
+            return each_object(path, self.take)
+        form = form or form_of(path)
+        header = header_of(path, form)
+        item = find(header, ITEMS) or "item"
+        others = [name for name in header if name not in ("", item)]
+
+        def take(key, *cells):
+            row = {name: value_of(cell) for name, cell in zip(others, cells)}
+            for name, value in row.items():
+                if plain_name(name) in IMAGES and isinstance(value, str):
+                    row[name] = SEVERAL.split(value)
+            return self.take({"item": key, **row})
+
+        return each_row(path, (item,), take, others, form)
+
+    def take(self, row):
+        """An object that describes an item; None, or why it cannot be used."""
+        plain = {plain_name(name): value for name, value in row.items()}
+        key = key_of(next((plain[name] for name in ITEMS if name in plain), None))
+        if not key:
+            return "no_item"
+        if key in self.catalog:
+            self.twice += 1
+            return None
+        self.unread.update(name for name in row if plain_name(name) not in KNOWN)
+        self.catalog[key] = {
+            "title": first_text(plain, TITLES),
+            "text": sentences(*texts_of(plain)),
+            "language": first_text(plain, LANGUAGES),
+            "images": list(dict.fromkeys(self.images_of(plain))),
+        }
+        return None
+
+    def images_of(self, plain):
+        """Yield the addresses, and the paths inside the folder; others are refused and counted."""
+        for name in IMAGES:
+            for image in as_list(plain.get(name)):
+                if image in ("", None):
+                    continue
+                why = refusal_of(image)
+                if why is None:
+                    yield image
+                    continue
+                self.first_refused = self.first_refused or str(image)[:60]
+                self.refused[why] += 1
+
+    def notes(self) -> list:
+        """One sentence for each kind of thing that was given and is not used."""
+        name = self.file
+        notes = []
+        if self.unread:
+            keys = ", ".join(f"{key} ({count})" for key, count in self.unread.most_common())
+            notes.append(f"{name}: keys not read: {keys}")
+        if self.twice:
+            notes.append(f"{name} describes {self.twice} items twice: the first counts")
+        if self.refused:
+            kinds = ", ".join(f"{why} {count}" for why, count in self.refused.items())
+            notes.append(
+                f"{name}: {self.refused.total()} picture paths refused ({kinds}), the first is "
+                f"{self.first_refused}: give paths inside the folder, with /, or addresses"
+            )
+        return notes
+
+
+def key_of(value) -> str:
+    """An item's key; "" for what is none: true, a list, a lone surrogate."""
+    if isinstance(value, float) and value.is_integer():    # as pandas writes what has gaps
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return ""
+    key = " ".join(str(value).split())
+    return "" if SURROGATE.search(key) else key
+
+
+def first_text(plain, names) -> str:
+    """The first of the named values that has any text."""
+    texts = (clean_text(plain.get(name)) for name in names)
+    return next(filter(None, texts), "")
+
+
+def texts_of(plain):
+    """Yield the texts of an object. Categories are one text, with commas between them."""
+    for names in TEXTS:
+        for name in names:
+            value = plain.get(name)
+            if name in LISTED:
+                yield ", ".join(filter(None, map(clean_text, flat(value))))
+            else:
+                yield from as_list(value)
+
+
+def flat(value):
+    """Yield what lists inside lists hold."""
+    for part in as_list(value):
+        if isinstance(part, list):
+            yield from flat(part)
+        else:
+            yield part
+
+
+def as_list(value) -> list:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def value_of(cell):
+    """What a cell of a table says: a text, or the list that a program has written into it."""
+    cell = cell.strip()
+    if cell.casefold() in EMPTY:
+        return None
+    if cell.startswith("[") and cell.endswith("]"):
+        try:
+            return ast.literal_eval(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            pass
+    return cell
+
+
+def refusal_of(image):
+    """Why a picture is refused; None for an address and for a path inside the folder."""
+    if not isinstance(image, str) or SURROGATE.search(image):
+        return "no text"
+    if image.startswith(("http://", "https://")):
+        return None
+    if re.match(r"[a-z]{2,}:", image):    # data:, file:, ftp:
+        return "neither a path nor a web address"
+    if "\\" in image or PureWindowsPath(image).drive:
+        return "backslash or drive"
+    path = PurePosixPath(image)
+    if path.is_absolute():
+        return "absolute"
+    if ".." in path.parts or not path.parts or "\0" in image:
+        return "leaves the folder, or is the folder"
+    return None
+
+
+# ---------------- two files that must speak of the same items
+
+def notes_of_match(catalog, items, described_in, bought_in) -> list:
+    """Sentences on the items that only one of two files has.
+
+    catalog: keys. items: keys of the interactions. described_in, bought_in: names of the files.
+    """
+    bought = dict.fromkeys(items)
+    if not (catalog and bought):
+        return []
+    idle = [key for key in catalog if key not in bought]
+    unknown = [key for key in bought if key not in catalog]
+    if len(idle) == len(catalog):
+        described, sold = alike(idle, unknown)
+        return [
+            f"none of the {len(idle)} items of {described_in} occurs in {bought_in} ({described} "
+            f"against {sold}): are the ids written alike?"
+        ]
+    notes = []
+    if idle:
+        notes.append(
+            f"{len(idle)} of {len(catalog)} items of {described_in} do not occur in {bought_in}, "
+            f"the first is {idle[0]}: they are ranked like all others"
+        )
+    if unknown:
+        notes.append(
+            f"{len(unknown)} of {len(bought)} items of {bought_in} are not in {described_in}, the "
+            f"first is {unknown[0]}"
+        )
+    return notes
+
+
+def alike(some, others):
+    """A key of each list that may mean the same item: 12 and 12.0, 0012 and 12, a7 and A7."""
+    by_form = {bare(key): key for key in others}
+    for key in some:
+        if bare(key) in by_form:
+            return key, by_form[bare(key)]
+    return some[0], others[0]
+
+
+def bare(key) -> str:
+    return plain_name(key.removesuffix(".0")).lstrip("0")

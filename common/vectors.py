@@ -1,0 +1,139 @@
+"""Vectors that somebody has made: a .npy or .safetensors file -> one row for each item.
+
+Which row is which item is said in one of these ways:
+
+    nothing               rows in the order of items.jsonl
+    a column of ids       the first column of the numbers is the items' keys
+    NAME.ids.txt          beside NAME.npy or NAME.safetensors: the keys, one a line
+    fields                .npy with two fields: the key, and the vector
+    tensors by key        .safetensors with one vector for each item, under its key
+"""
+from pathlib import Path
+
+import numpy as np
+
+from .files import UserError, load_tensors
+
+ENDS = (".npy", ".safetensors")
+
+
+def is_vectors(name) -> bool:
+    """Whether an encoder's name is a file of vectors."""
+    return str(name).endswith(ENDS) and ":" not in str(name)    # ViT-B-32:file.safetensors
+
+
+def read_vectors(path, keys, described=None) -> tuple:
+    """(rows (N, D) float32, zero where there is none; sentences on what is not used).
+
+    keys: of the items, in id order (N). described: how many of them, the first ones, stand in the
+    user's items.jsonl. Raises UserError for a file that cannot be read, has another number of rows,
+    or numbers that are not finite.
+    """
+    path = Path(path)
+    rows, ids = contents(path)
+    if rows.ndim != 2 or not rows.shape[1] or rows.dtype.kind not in "fiub":
+        raise UserError(
+            f"{path} holds {rows.dtype} numbers of shape {rows.shape}, and a row of numbers for "
+            f"each item is wanted: (items, width)"
+        )
+    if ids is None:
+        rows, ids = column_of_ids(rows, keys)
+    if not np.isfinite(rows).all():
+        bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
+        raise UserError(f"{path}, row {bad} (counted from 0) has a number that is not finite")
+    if ids is None:
+        return in_order(path, rows, keys, described or len(keys)), []
+    return by_id(path, rows, ids, keys)
+
+
+def contents(path) -> tuple:
+    """(rows, their items' keys or None) of a file."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file: give a file of vectors, .npy or .safetensors")
+    beside = path.with_suffix(".ids.txt")
+    ids = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else None
+    if path.suffix == ".npy":
+        rows = array_in(path)
+        if rows.dtype.names and len(rows.dtype.names) == 2:    # key and vector
+            key, vector = rows.dtype.names
+            ids = [as_text(value) for value in rows[key].tolist()]
+            rows = rows[vector]
+        return rows, ids
+    tensors, _ = load_tensors(path)
+    arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    if len(arrays) == 1:
+        return next(iter(arrays.values())), ids
+    widths = {array.shape for array in arrays.values()}
+    if len(widths) == 1 and all(array.ndim == 1 for array in arrays.values()):
+        return np.stack(list(arrays.values())), list(arrays)
+    raise UserError(
+        f"{path} holds the tensors {', '.join(list(arrays)[:5])}: one of shape (items, width) is "
+        f"wanted, or one vector for each item under its key"
+    )
+
+
+def array_in(path):
+    try:
+        return np.load(path, allow_pickle=False)
+    except Exception as error:    # cut, no .npy at all, or Python objects, which would run code
+        raise UserError(
+            f"{path} cannot be read as an array of numbers ({str(error).splitlines()[0]}): save it "
+            f"with numpy.save, as numbers"
+        ) from None
+
+
+def as_text(key) -> str:
+    return key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)
+
+
+def column_of_ids(rows, keys) -> tuple:
+    """(rows, None), or (rows without their first column, ids) where that column holds items' keys.
+
+    No real feature is a distinct whole number in every row, and some item's key as well.
+    """
+    first = rows[:, 0]
+    whole = rows.shape[1] > 1 and np.isfinite(first).all() and (first % 1 == 0).all()
+    if not whole or len(np.unique(first)) < len(first):
+        return rows, None
+    ids = [str(int(key)) for key in first]
+    return (rows[:, 1:], ids) if set(ids) & set(keys) else (rows, None)
+
+
+def in_order(path, rows, keys, described):
+    """Rows of all items, or of those in items.jsonl, which are the first."""
+    if len(rows) not in (len(keys), described):
+        wanted = f"{len(keys)}" if described == len(keys) else f"{described} or {len(keys)}"
+        raise UserError(
+            f"{path} has {len(rows)} rows, and the data set has {wanted} items: give a row for "
+            f"each, in the order of items.jsonl, or say whose they are in "
+            f"{path.with_suffix('.ids.txt').name}, one id a line"
+        )
+    filled = np.zeros((len(keys), rows.shape[1]), np.float32)
+    filled[:len(rows)] = rows
+    return filled
+
+
+def by_id(path, rows, ids, keys) -> tuple:
+    """(rows in the order of the keys, sentences on ids and items without a partner)."""
+    if len(ids) != len(rows) or len(set(ids)) < len(ids):
+        raise UserError(
+            f"{path} has {len(rows)} rows and {len(set(ids))} different ids for them: give each "
+            f"row an id of its own"
+        )
+    place = {key: number for number, key in enumerate(keys)}
+    known = [number for number, key in enumerate(ids) if key in place]
+    if not known:
+        raise UserError(
+            f"none of the {len(ids)} ids of {path} is an item of the data set ({ids[0]} against "
+            f"{keys[0]}): are they written alike?"
+        )
+    filled = np.zeros((len(keys), rows.shape[1]), np.float32)
+    filled[[place[ids[number]] for number in known]] = rows[known]
+    notes = []
+    if len(known) < len(ids):
+        first = next(key for key in ids if key not in place)
+        notes.append(
+            f"{len(ids) - len(known)} of {len(ids)} rows of {path.name} are of no item of the data "
+            f"set, the first is {first}"
+        )
+    return filled, notes

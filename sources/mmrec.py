@@ -1,0 +1,86 @@
+"""Folders of MMRec and its kin (BM3, FREEDOM, ...): interactions by number, and features by row.
+
+<D>.inter            a tab-separated table: userID, itemID, timestamp, and x_label, which says what
+                     is train (0), valid (1) and test (2)
+text_feat.npy, image_feat.npy    a row for each itemID
+i_id_mapping.csv     the asin of each itemID; the items are called by it
+
+Of these <D>.inter and one of the others must be there. Source: github.com/enoche/MMRec
+"""
+import numpy as np
+
+from common.files import UserError
+from common.interactions import Interactions
+from common.tables import TABS, Raw, each_row, form_of
+from common.vectors import array_in
+
+FEATURES = {"text": "text_feat.npy", "image": "image_feat.npy"}
+MAPPING = "i_id_mapping.csv"
+
+
+def recognises(folder) -> bool:
+    beside = any((folder / name).is_file() for name in (MAPPING, *FEATURES.values()))
+    tables = list(folder.glob("*.inter"))
+    return beside and len(tables) == 1 and not (folder / "interactions.csv").exists()
+
+
+def read(folder, name) -> Raw:
+    """Raises UserError for a missing column, a damaged file, items that are no numbers, or features
+    of another number of items."""
+    path, = folder.glob("*.inter")
+    interactions = Interactions()
+    report = {path.name: interactions.read(path, TABS)}
+    columns = interactions.columns(path, report)
+    last = highest(columns["items"], path)
+    features = read_features(folder, last, report)
+    asins = read_mapping(folder, report)
+    rows = max([last + 1, *(len(vectors) for _, vectors in features.values())])
+    order = [asins.get(str(number), str(number)) for number in range(rows)]
+    columns["items"] = [order[int(item)] for item in columns["items"]]
+    return Raw(catalog={}, report=report, item_order=order, features=features, **columns)
+
+
+def highest(items, path) -> int:
+    """The largest itemID. Raises UserError for an item that is no number."""
+    strange = [item for item in set(items) if not item.isdecimal()]
+    if strange:
+        raise UserError(
+            f"{path} has an item {min(strange)}, and the rows of features are numbered: put the "
+            f"table with the numbers there"
+        )
+    return max(map(int, set(items)), default=-1)
+
+
+def read_features(folder, last, report) -> dict:
+    """modality -> (encoder, rows by itemID). Raises UserError where they do not fit."""
+    features = {}
+    for modality, file in FEATURES.items():
+        path = folder / file
+        if not path.is_file():
+            continue
+        rows = array_in(path)
+        if rows.ndim != 2 or len(rows) <= last or not np.isfinite(rows).all():
+            raise UserError(
+                f"{path} must have a row of finite numbers for each itemID up to {last}, but its "
+                f"shape is {rows.shape}: put the file of this data set there"
+            )
+        features[modality] = (path.stem, rows.astype(np.float32))
+        report[path.name] = f"features of {len(rows)} items"
+    if len({len(rows) for _, rows in features.values()}) > 1:
+        raise UserError(
+            f"{' and '.join(FEATURES.values())} in {folder} have different numbers of rows: put "
+            f"the files of one data set there"
+        )
+    return features
+
+
+def read_mapping(folder, report) -> dict:
+    """itemID -> asin, where a file says so."""
+    asins = {}
+    path = folder / MAPPING
+    if path.is_file():
+        def take(asin, number):
+            asins[number.strip()] = asin.strip()
+
+        report[path.name] = each_row(path, ("asin", "itemid"), take, form=form_of(path))
+    return asins

@@ -1,0 +1,141 @@
+"""common/vectors.py: vectors of somebody's own, in their five forms, and what may be wrong."""
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.files import UserError
+from common.vectors import is_vectors, read_vectors
+
+KEYS = ["7", "12", "3", "40"]
+ROWS = np.arange(12, dtype=np.float32).reshape(4, 3) + .5
+ORDER = [2, 0, 3, 1]    # another order of the items
+
+
+def npy(folder, rows):
+    np.save(folder / "v.npy", rows)
+    return folder / "v.npy"
+
+
+def tensors(folder, content):
+    save_file(content, folder / "v.safetensors")
+    return folder / "v.safetensors"
+
+
+def in_order(folder):
+    return npy(folder, ROWS)
+
+
+def one_tensor(folder):
+    return tensors(folder, {"anything": torch.tensor(ROWS).double()})
+
+
+def tensors_by_key(folder):
+    return tensors(folder, {KEYS[i]: torch.tensor(ROWS[i]) for i in ORDER})
+
+
+def column_of_ids(folder):
+    ids = np.array([int(KEYS[i]) for i in ORDER], float)
+    return npy(folder, np.column_stack([ids, ROWS[ORDER]]))
+
+
+def ids_beside(folder):
+    (folder / "v.ids.txt").write_text("".join(f"{KEYS[i]}\n" for i in ORDER))
+    return npy(folder, ROWS[ORDER])
+
+
+def two_fields(folder):
+    rows = np.zeros(4, [("item", "U8"), ("vector", "f4", 3)])
+    rows["item"] = [KEYS[i] for i in ORDER]
+    rows["vector"] = ROWS[ORDER]
+    return npy(folder, rows)
+
+
+@pytest.mark.parametrize("form", [
+    in_order, one_tensor, tensors_by_key, column_of_ids, ids_beside, two_fields,
+])
+def test_five_forms_of_the_same_vectors(tmp_path, form):
+    rows, notes = read_vectors(form(tmp_path), KEYS)
+    np.testing.assert_array_equal(rows, ROWS)
+    assert rows.dtype == np.float32
+    assert notes == []
+
+
+def test_a_first_column_that_is_no_list_of_ids_is_a_feature(tmp_path):
+    whole = ROWS.copy()
+    whole[:, 0] = [7, 7, 3, 40]    # twice the same
+    assert read_vectors(npy(tmp_path, whole), KEYS)[0].shape == (4, 3)
+    whole[:, 0] = [1, 2, 4, 5]     # of no item
+    assert read_vectors(npy(tmp_path, whole), KEYS)[0].shape == (4, 3)
+
+
+def test_items_without_a_row_have_zeros_and_strange_rows_are_said(tmp_path):
+    (tmp_path / "v.ids.txt").write_text("12\nunknown\n")
+    rows, notes = read_vectors(npy(tmp_path, ROWS[:2]), KEYS)
+    np.testing.assert_array_equal(rows[1], ROWS[0])
+    assert not rows[[0, 2, 3]].any()
+    assert notes == [
+        "1 of 2 rows of v.npy are of no item of the data set, the first is unknown"
+    ]
+
+
+def test_rows_of_the_described_items_are_the_first(tmp_path):
+    rows, _ = read_vectors(npy(tmp_path, ROWS[:3]), KEYS, described=3)
+    np.testing.assert_array_equal(rows[:3], ROWS[:3])
+    assert not rows[3].any()
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("pwned", "w"))
+
+
+@pytest.mark.parametrize("rows, sentence", [
+    (ROWS[:3], "v.npy has 3 rows, and the data set has 4 items"),
+    (ROWS[:, 0], r"of shape \(4,\)"),
+    (ROWS[:, :0], r"of shape \(4, 0\)"),
+    (ROWS[None], r"of shape \(1, 4, 3\)"),
+    (np.where(ROWS == 4.5, np.nan, ROWS), "row 1 .counted from 0. has a number that is not finite"),
+    (np.where(ROWS == 4.5, np.inf, ROWS), "not finite"),
+    (ROWS.astype(str), "a row of numbers"),
+    (np.array([Evil()], object), "cannot be read as an array of numbers"),
+])
+def test_what_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, rows, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        read_vectors(npy(tmp_path, rows), KEYS)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("ids, sentence", [
+    ("7\n7\n3\n40\n", "give each row an id of its own"),
+    ("7\n12\n", "4 rows and 2 different ids"),
+    ("a\nb\nc\nd\n", "none of the 4 ids .* .a against 7."),
+])
+def test_ids_that_fit_nothing_are_one_sentence(tmp_path, ids, sentence):
+    (tmp_path / "v.ids.txt").write_text(ids)
+    with pytest.raises(UserError, match=sentence):
+        read_vectors(npy(tmp_path, ROWS), KEYS)
+
+
+@pytest.mark.parametrize("content", [
+    {"a": torch.zeros(4, 3), "b": torch.zeros(4)}, {"a": torch.zeros(3), "b": torch.zeros(2)},
+])
+def test_tensors_that_are_no_table_are_named(tmp_path, content):
+    with pytest.raises(UserError, match="holds the tensors a, b"):
+        read_vectors(tensors(tmp_path, content), KEYS)
+
+
+def test_damaged_and_missing_files(tmp_path):
+    for name in ("v.npy", "v.safetensors"):
+        with pytest.raises(UserError, match="is no file"):
+            read_vectors(tmp_path / name, KEYS)
+        (tmp_path / name).write_bytes(b"\x93NUMPY")
+        with pytest.raises(UserError, match="cannot be read"):
+            read_vectors(tmp_path / name, KEYS)
+
+
+def test_which_names_are_files():
+    assert is_vectors("shop/v.npy") and is_vectors("v.safetensors")
+    assert not is_vectors("ViT-B-32:weights.safetensors") and not is_vectors("org/model")
+    assert not is_vectors(None)

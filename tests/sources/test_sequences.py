@@ -1,0 +1,57 @@
+"""sources/sequences.py: numbered sequences, one line a user or one line an interaction."""
+import json
+
+import pytest
+
+from common.files import UserError, read_json
+from sources import prepare, sequences
+
+
+def write(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("text", [
+    "1 10 2 3\n2 2 3 10 2\n", "1 10\n1 2\n1 3\n2 2\n2 3\n2 10\n2 2\n", "1\t10\t2  3\n2 2 3 10 2",
+])
+def test_both_ways_of_writing(tmp_path, histories, text):
+    folder = write(tmp_path / "x", Beauty=text, Beauty_sample="1 7 8 9\n2 7 8 9\n")
+    (folder / "Beauty_item2attributes.json").write_text("{}")
+    out = prepare(folder, tmp_path / "data")
+    assert histories(out) == {"1": ["10", "2", "3"], "2": ["2", "3", "10", "2"]}
+    keys = [json.loads(line)["key"] for line in open(out / "items.jsonl", encoding="utf-8")]
+    assert keys == ["2", "3", "10"]    # by number
+    about = read_json(out / "source.json")
+    assert about["clock"] == "order"
+    assert about["notes"] == [
+        "not read: Beauty_item2attributes.json, Beauty_sample.txt; what is read are Beauty.txt"
+    ]
+
+
+def test_titles_may_lie_beside_it(tmp_path):
+    folder = write(tmp_path / "x", a="1 1 2 3\n")
+    (folder / "items.csv").write_text("item,title\n1,Tea\n2,Cup\n9,Pot\n")
+    raw = sequences.read(folder, None)
+    assert raw.catalog["2"]["title"] == "Cup"
+    assert raw.item_order == ["1", "2", "3", "9"]
+    assert len(raw.notes) == 2
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    "some words in a file\n",
+    "1\n2\n",
+    "1 2 5 881250949\n1 3 4 881250950\n",    # ratings with times
+    "1 a\n2 b\n",
+])
+def test_other_text_files_are_not_taken_for_sequences(tmp_path, text):
+    assert not sequences.recognises(write(tmp_path / "x", a=text))
+
+
+def test_several_sets_are_refused(tmp_path):
+    folder = write(tmp_path / "x", Beauty="1 2 3\n", Toys="1 2 3\n")
+    with pytest.raises(UserError, match="several data sets .Beauty, Toys."):
+        prepare(folder, tmp_path / "data")
