@@ -7,12 +7,15 @@ train.py does this by itself where features are missing. Encoders are
 
     hash, pixels                  built in: they need no download; the defaults of the demo shops
     vectors.npy, .safetensors     vectors of your own: see common/vectors.py
-    microsoft/swin-base-...       a Hugging Face text or vision model: its name there, or a folder
+    microsoft/swin-base-...       a Hugging Face text or vision model: its name there, or a folder;
+                                  a text model's name with @cls, @mean, @max or @last has that
+                                  pooling instead of its own
     ViT-B-32:laion2b_s34b_b79k    an open_clip model and its weights' tag or checkpoint file; also
                                   hf-hub: and local-dir:
     keywords:CLIP                 for pictures, as MSM4SR has them: the 15 words of the data set
                                   that are nearest to the picture in the space of the encoder
-                                  CLIP, read as a sentence by the text encoder
+                                  CLIP, read as a sentence by the text encoder; keywords:N:CLIP
+                                  takes N words
 
 Every sentence (title first, then the other texts, 10 at most) and every picture (10 at most; of an
 animation or a folder of frames the mean over 10 frames, FMMS-Rec eq. 1) gets a vector of its own,
@@ -245,15 +248,16 @@ def add_arguments(parser):
     data.add_arguments(parser)
     parser.add_argument(
         "--text",
-        help=f"text encoder: hash, a Hugging Face model, an open_clip model such as {CLIP}, or a "
-             f"file of vectors, .npy or .safetensors "
-             f"(default: the features that came with the data, else {CLIP}; for demo shops hash)",
+        help=f"text encoder: hash, a Hugging Face model (with @cls, @mean, @max or @last: by that "
+             f"pooling), an open_clip model such as {CLIP}, or a file of vectors, .npy or "
+             f".safetensors (default: the features that came with the data, else {CLIP}; for demo "
+             f"shops hash)",
     )
     parser.add_argument(
         "--image",
         help="image encoder: pixels, a Hugging Face model, an open_clip model, a file of vectors, "
-             "or keywords: and one that has texts and pictures in one space (default: as for "
-             "--text; for demo shops pixels)",
+             "or keywords: and one that has texts and pictures in one space, keywords:N: for N "
+             "words instead of 15 (default: as for --text; for demo shops pixels)",
     )
 
 

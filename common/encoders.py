@@ -6,14 +6,17 @@ An encoder has `about`, what fixes its numbers, and
 
 where the inputs are sentences, or paths of pictures, of animations and of folders of frames. Two
 are built in and need no download: `hash` and `pixels`. transformers and open_clip are imported by
-the encoders that need them. No code that comes with a model is run, and weights are read from
-safetensors.
+the encoders that need them. No code that comes with a model is run: weights are read from
+safetensors, or by torch's weights-only reader where a model has none.
 """
+import math
+import os
 import re
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +26,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .files import UserError, precision, read_json, sha256
+from .files import UserError, load_tensors, precision, read_json, sha256
 from .pictures import BadPicture, frames
 
 BUILT_IN = {"text": "hash", "image": "pixels"}
 TOKENS = defaultdict(lambda: 2048, cuda=65536)   # by device: in a batch of sentences, with padding
 BATCH = defaultdict(lambda: 32, cuda=256)        # by device: pictures, or texts of one length
 WORDS = 15                                       # keywords of a picture, MSM4SR section IV-A
+POOLINGS = {"cls": "cls", "mean": "mean", "max": "max", "last": "lasttoken"}    # of model@cls
 
 
 def open_encoder(modality, name, device, texts=()):
@@ -45,8 +49,7 @@ def open_encoder(modality, name, device, texts=()):
             )
         return HashedText() if modality == "text" else Pixels()
     if modality == "image" and name.startswith("keywords:"):
-        clip, text = name.removeprefix("keywords:").rsplit("+", 1)
-        return Keywords(clip, text, texts, device)
+        return Keywords(*keywords_of(name), texts, device)
     if ":" in name:
         kind = OpenClipText if modality == "text" else OpenClipPictures
     else:
@@ -67,31 +70,33 @@ class HashedText:
 class TextModel:
     """A Hugging Face text model.
 
-    Pooling, length limit and scaling are as its Sentence-BERT files say, else the mean over tokens.
+    Pooling, the layers after it and the length limit are as its Sentence-BERT files say, else the
+    mean over tokens. `name@cls`, `@mean`, `@max` or `@last` has another pooling.
     """
 
     def __init__(self, name, device):
+        name, chosen = pooling_choice(name)
         self.model = hugging_face(name, device)
         self.device = device
         self.tokenizer = hugging_face_part("AutoTokenizer", name)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        listed = companion(name, "modules.json") or []
-        modules = {module["path"]: module["type"].rpartition(".")[2] for module in listed}
-        strange = set(modules.values()) - {"Transformer", "Pooling", "Normalize"}
-        if strange:
-            raise UserError(
-                f"{name} has modules that are not supported ({', '.join(strange)}): give another "
-                f"text encoder"
-            )
-        self.pooling = pooling_of(name, modules)
-        self.normalize = "Normalize" in modules.values()
+        self.pools_itself = hasattr(self.model, "get_text_features")    # CLIP and its kin
+        if chosen and self.pools_itself:
+            raise UserError(f"{name} pools its tokens by itself: give it without @")
+        modules = sentence_bert_modules(name)
+        self.pooling = chosen or pooling_of(name, modules)
+        head, after = head_of(name, modules, self.model.config.get_text_config())
+        self.head = head.to(device)
         settings = companion(name, "sentence_bert_config.json") or {}
         self.lower = settings.get("do_lower_case", False)
         longest = settings.get("max_seq_length") or 512
-        self.limit = min(longest, self.tokenizer.model_max_length)
+        positions = most_positions(self.model)
+        self.limit = min(longest, self.tokenizer.model_max_length, positions)
+        siglip = self.model.config.model_type in ("siglip", "siglip2")
+        self.full_length = positions if siglip else 0    # SigLIP reads its padding, too
         self.about = about_model(
-            name, self.model, "transformers",
-            pooling=self.pooling, normalized=self.normalize, most_tokens=self.limit,
+            name, self.model, "transformers", folders=["", *modules],
+            pooling=self.pooling, after_pooling=after, most_tokens=self.limit,
         )
 
     @torch.inference_mode()
@@ -104,12 +109,13 @@ class TextModel:
         first = 0
         while first < len(order):
             # as many as fit into the budget when all are padded to the longest of them
-            size = max(1, TOKENS[self.device.type] // len(tokens[order[first]]))
+            longest = max(len(tokens[order[first]]), self.full_length)
+            size = max(1, TOKENS[self.device.type] // longest)
             batch = order[first:first + size]
-            rows_of_ids = {"input_ids": [tokens[i] for i in batch]}
-            padded = self.tokenizer.pad(rows_of_ids, return_tensors="pt")
+            padded = self.padded([tokens[i] for i in batch])
             with precision(self.device):
                 pooled = self.pool(padded.to(self.device))
+            pooled = self.head(pooled)
             if rows is None:
                 rows = pooled.new_empty(len(order), pooled.shape[1])
             rows[batch] = pooled
@@ -117,27 +123,74 @@ class TextModel:
         cut = sum(len(t) >= self.limit for t in tokens)
         return rows.cpu().numpy(), {}, cut
 
+    def padded(self, tokens):
+        """Lists of token ids -> what the model takes: (B, L)."""
+        rows = {"input_ids": tokens}
+        if self.full_length:    # as it was trained: without a mask
+            return self.tokenizer.pad(
+                rows, padding="max_length", max_length=self.full_length,
+                return_attention_mask=False, return_tensors="pt",
+            )
+        # on the right for every model: tokens have the positions that they have without padding
+        return self.tokenizer.pad(rows, padding_side="right", return_tensors="pt")
+
     def pool(self, tokens):
         """Tokens (B, L) -> (B, D), float32."""
-        if hasattr(self.model, "get_text_features"):    # CLIP and its kin
+        if self.pools_itself:
             return pooler_output(self.model.get_text_features(**tokens)).float()
         hidden = self.model(**tokens).last_hidden_state.float()    # (B, L, D)
         mask = tokens["attention_mask"].unsqueeze(-1)              # (B, L, 1)
         if self.pooling == "cls":
-            pooled = hidden[:, 0]
-        elif self.pooling == "max":
-            pooled = hidden.masked_fill(mask == 0, -torch.inf).amax(1)
-        else:
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-        return F.normalize(pooled, dim=-1) if self.normalize else pooled
+            return hidden[:, 0]
+        if self.pooling == "max":
+            return hidden.masked_fill(mask == 0, -torch.inf).amax(1)
+        if self.pooling == "lasttoken":
+            last = mask.sum(1).squeeze(-1) - 1                     # (B,): padding is on the right
+            return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def pooling_choice(name):
+    """`org/model@cls` -> (`org/model`, the pooling chosen); any other name -> (name, None)."""
+    before, _, choice = name.rpartition("@")
+    if before and choice in POOLINGS:
+        return before, POOLINGS[choice]
+    return name, None
+
+
+def most_positions(model):
+    """How many tokens a text model has positions for; infinity where it sets no number."""
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:    # RoBERTa and its kin
+            return module.num_embeddings - padding - 1    # positions begin after the padding index
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or -1    # as XLNet says it
+    return most if most > 0 else math.inf
+
+
+# ---------------- what Sentence-BERT's files say
+
+def sentence_bert_modules(name) -> dict:
+    """{folder: kind} of a model's modules, in their order. Raises UserError for unknown kinds."""
+    listed = companion(name, "modules.json") or []
+    modules = {module["path"]: module["type"].rpartition(".")[2] for module in listed}
+    strange = set(modules.values()) - {"Transformer", "Pooling", "Dense", "Normalize"}
+    if strange:
+        raise UserError(
+            f"{name} has modules that are not supported ({', '.join(strange)}): give another "
+            f"text encoder"
+        )
+    return modules
 
 
 def pooling_of(name, modules) -> str:
-    """How a Sentence-BERT model pools its tokens: cls, mean or max. Raises UserError for others."""
+    """How a Sentence-BERT model pools its tokens, as in POOLINGS. Raises UserError for others."""
     modes = {
         "pooling_mode_cls_token": "cls",
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_max_tokens": "max",
+        "pooling_mode_lasttoken": "lasttoken",
     }
     pooling = {}
     for path, kind in modules.items():
@@ -150,17 +203,90 @@ def pooling_of(name, modules) -> str:
         mode = "+".join(modes.get(key, key) for key in on) or "mean"
     if mode not in modes.values():
         raise UserError(
-            f"{name} pools its tokens by {mode}, which is not supported: give another text encoder"
+            f"{name} pools its tokens by {mode}, which is not supported: give another text "
+            f"encoder, or choose the pooling, as in {name}@mean"
         )
     return mode
+
+
+def head_of(name, modules, config):
+    """What follows the pooling of a Sentence-BERT model: (its layers, what they are).
+
+    Raises UserError for layers that do not fit the model, whose text part has the config.
+    """
+    layers = []
+    about = []
+    vectors = torch.zeros(1, getattr(config, "hidden_size", 0))    # (1, D), to try the layers on
+    for path, kind in modules.items():
+        if kind == "Normalize":
+            layers.append(Normalize())
+            about.append({"type": kind})
+        if kind == "Dense":
+            settings = companion(name, f"{path}/config.json") or {}
+            layer, vectors = dense(name, path, settings, vectors)
+            layers.append(layer)
+            about.append({"type": kind, **settings})
+    return torch.nn.Sequential(*layers).eval(), about
+
+
+class Normalize(torch.nn.Module):
+    def forward(self, x):
+        return F.normalize(x, dim=-1)
+
+
+def dense(name, path, settings, vectors):
+    """A Dense of sentence-transformers: (a linear layer and its activation, what they give).
+
+    vectors: (1, D), what it is given. Raises UserError for one that cannot be used.
+    """
+    unlike = settings.get("module_input_name", "sentence_embedding") != "sentence_embedding"
+    if unlike or settings.get("use_residual"):
+        raise UserError(
+            f"the module {path} of {name} works on tokens or adds its input, which is not "
+            f"supported: give another text encoder"
+        )
+    weights = companion_file(name, f"{path}/model.safetensors")
+    if weights is None:
+        raise UserError(f"{name} lacks the weights {path}/model.safetensors: give a complete model")
+    tensors, _ = load_tensors(weights)
+    kind = activation_of(name, settings.get("activation_function", "torch.nn.Tanh"))
+    try:
+        linear = torch.nn.Linear(
+            settings["in_features"], settings["out_features"], settings.get("bias", True)
+        )
+        layer = torch.nn.Sequential(OrderedDict(linear=linear, activation_function=kind()))
+        layer.load_state_dict(tensors)
+        return layer, layer(vectors)
+    except Exception as error:    # sizes that differ, an activation that needs settings
+        raise UserError(
+            f"the module {path} of {name} does not fit its weights or the model "
+            f"({reason_of(error)}): give a complete model"
+        ) from None
+
+
+def activation_of(name, dotted):
+    """The class in torch.nn of a dotted name. Nothing is imported. Raises UserError for others."""
+    package, _, kind = dotted.rpartition(".")
+    known = [*torch.nn.modules.activation.__all__, "Identity"]
+    if not package.startswith("torch.nn") or kind not in known:
+        raise UserError(
+            f"{name} has the activation {dotted}, which is not one of torch.nn's: give another "
+            f"text encoder"
+        )
+    return getattr(torch.nn, kind)
 
 
 class OpenClipText:
     """The text side of an open_clip model."""
 
     def __init__(self, name, device):
-        self.model, self.tokenizer, _, self.about = open_clip_model(name, device)
+        self.model, _, self.about = open_clip_model(name, device)
+        self.tokenizer = open_clip_tokenizer(name)
         self.device = device
+        inner = getattr(self.tokenizer, "tokenizer", None)    # of Hugging Face
+        self.padding = inner.pad_token_id if inner else 0
+        # a text that is cut ends in its end token, which some SigLIPs pad with as well
+        self.last = -2 if inner and inner.eos_token_id == self.padding else -1
 
     @torch.inference_mode()
     def encode(self, texts):
@@ -169,7 +295,7 @@ class OpenClipText:
         size = BATCH[self.device.type]
         for first in range(0, len(texts), size):
             tokens = self.tokenizer(texts[first:first + size])    # (n, context length), cut to it
-            cut += int((tokens[:, -1] != 0).sum())
+            cut += int((tokens[:, self.last] != self.padding).sum())
             with precision(self.device):
                 rows.append(self.model.encode_text(tokens.to(self.device)).float())
         return torch.cat(rows).cpu().numpy(), {}, cut
@@ -277,7 +403,7 @@ class OpenClipPictures(Pictures):
     """The picture side of an open_clip model."""
 
     def __init__(self, name, device):
-        self.model, _, self.prepare, self.about = open_clip_model(name, device)
+        self.model, self.prepare, self.about = open_clip_model(name, device)
         self.device = device
         self.batch = BATCH[device.type]
 
@@ -296,22 +422,24 @@ class Keywords:
     verbs).
     """
 
-    def __init__(self, clip, text, texts, device):
+    def __init__(self, most, clip, text, texts, device):
+        self.most = most
         self.pictures = open_encoder("image", clip, device)
         self.text = open_encoder("text", text, device)
         counts = Counter(word for t in texts for word in re.findall(r"[^\W\d_]{3,}", t.lower()))
         self.words = sorted(w for w, n in counts.items() if n > 1 and w not in FUNCTION_WORDS)
-        if len(self.words) < WORDS:
+        if len(self.words) < most:
             raise UserError(
                 f"the texts of the data set have {len(self.words)} words that occur twice, too few "
-                f"to describe pictures: give an --image encoder without keywords:"
+                f"to describe pictures by {most}: give fewer, as in keywords:5:{clip}, or an "
+                f"--image encoder without keywords:"
             )
         vectors, _, _ = open_encoder("text", clip, device).encode(self.words)
         self.space = normalized(vectors)    # (V, D)
         self.about = {
             "clip": self.pictures.about,
             "text": self.text.about,
-            "words": WORDS,
+            "words": most,
             "dictionary": len(self.words),
         }
 
@@ -322,11 +450,26 @@ class Keywords:
                 "keywords: needs an encoder whose texts and pictures share one space, such as CLIP"
             )
         likeness = normalized(vectors) @ self.space.T                           # eq. (1): (n, V)
-        nearest = np.argsort(-likeness, axis=1, kind="stable")[:, :WORDS]
+        nearest = np.argsort(-likeness, axis=1, kind="stable")[:, :self.most]
         said = [" ".join(self.words[i] for i in row) for row in nearest]        # eq. (2)
         rows, _, cut = self.text.encode(said)
         rows[[i for i, path in enumerate(paths) if path in failures]] = 0
         return rows, failures, cut
+
+
+def keywords_of(name):
+    """`keywords:N:CLIP+TEXT` -> (N, CLIP, TEXT); without N: `WORDS`. Raises UserError for N < 1."""
+    clip, text = name.removeprefix("keywords:").rsplit("+", 1)
+    number = re.match(r"(-?\d+):", clip)
+    if not number:
+        return WORDS, clip, text
+    most = int(number[1])
+    if most < 1:
+        raise UserError(
+            f"--image {name} describes pictures by {most} words: give 1 or more, as in "
+            f"keywords:5:CLIP"
+        )
+    return most, clip[number.end():], text
 
 
 FUNCTION_WORDS = set("""
@@ -345,9 +488,13 @@ def normalized(x):
 # ---------------- loading models
 
 def hugging_face(name, device):
-    """AutoModel in float32, from safetensors only. Raises UserError where it lacks weights."""
+    """AutoModel in float32, from safetensors, else from a .bin file that holds nothing but tensors.
+
+    Raises UserError where it lacks weights.
+    """
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"    # no service is asked to convert a .bin
     model, info = hugging_face_part(
-        "AutoModel", name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        "AutoModel", name, dtype=torch.float32, weights_only=True, output_loading_info=True
     )
     missing = set(info["missing_keys"])
     if any("pooler" not in key for key in missing):
@@ -379,9 +526,15 @@ def hugging_face_part(kind, name, **options):
 
 def companion(name, file):
     """A json file that lies beside a Hugging Face model; None where there is none."""
+    path = companion_file(name, file)
+    return None if path is None else read_json(path)
+
+
+def companion_file(name, file):
+    """The path of a file that lies beside a Hugging Face model; None where there is none."""
     from transformers.utils import cached_file
     try:
-        return read_json(cached_file(name, file))
+        return cached_file(name, file)
     except OSError:
         return None
 
@@ -391,47 +544,87 @@ def pooler_output(x):
 
 
 def open_clip_model(name, device):
-    """(model, tokenizer, preparation of a picture, about) of an open_clip model. Raises UserError.
+    """(model, preparation of a picture, about) of an open_clip model. Raises UserError.
 
     name: `architecture:tag`, `architecture:file`, `hf-hub:...` or `local-dir:...`
     """
+    architecture, weights = open_clip_name(name)
+    with open_clip_for(name) as open_clip:
+        model, prepare = open_clip.create_model_from_pretrained(
+            architecture, weights, device=device, **preparation_of(architecture)
+        )
+    about = about_model(
+        weights or name.partition(":")[2], model, "open_clip_torch", "pillow",
+        backend="pil", preparation=str(prepare),
+    )
+    return model.eval(), prepare, about
+
+
+def open_clip_tokenizer(name):
+    architecture, _ = open_clip_name(name)
+    with open_clip_for(name) as open_clip:
+        return open_clip.get_tokenizer(architecture)
+
+
+def open_clip_name(name):
+    """(architecture, tag or file), as open_clip takes them."""
     architecture, _, weights = name.partition(":")
     if architecture in ("hf-hub", "local-dir"):
-        architecture, weights = name, None
+        return name, None
+    return architecture, weights
+
+
+@contextmanager
+def open_clip_for(name):
+    """open_clip, to load an encoder with. Raises UserError for whatever goes wrong."""
     try:
         import open_clip
         from transformers import dynamic_module_utils
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0    # code of a text model: refused, not asked
-        create = open_clip.create_model_from_pretrained
-        model, prepare = create(architecture, weights, device=device)
-        tokenizer = open_clip.get_tokenizer(architecture)
+        yield open_clip
     except Exception as error:    # not installed, no such tag, no network, a bad file
         raise UserError(
             f"the open_clip encoder {name} cannot be loaded ({reason_of(error)}): give "
             f"architecture:tag, architecture:checkpoint file, or a built-in encoder "
             f"({' or '.join(BUILT_IN.values())})"
         ) from None
-    about = about_model(
-        weights or name.partition(":")[2], model, "open_clip_torch", "pillow",
-        backend="pil", preparation=str(prepare),
-    )
-    return model.eval(), tokenizer, prepare, about
+
+
+def preparation_of(architecture) -> dict:
+    """How open_clip's own weights of an architecture want pictures, for weights given as a file.
+
+    {} where it has none, or where they differ: then open_clip's default stays.
+    """
+    import open_clip
+    names = ("mean", "std", "interpolation", "resize_mode")
+    ways = []
+    for tag in open_clip.list_pretrained_tags_by_model(architecture):
+        config = open_clip.get_pretrained_cfg(architecture, tag)
+        way = {f"image_{name}": config.get(name) for name in names}
+        if way not in ways:
+            ways.append(way)
+    return ways[0] if len(ways) == 1 else {}
 
 
 def reason_of(error) -> str:
+    if type(error).__name__ == "UnpicklingError":    # torch's message tells how to run the file
+        return "its weights are damaged or hold more than tensors"
     message = str(error).strip() or "no reason given"
     return f"{type(error).__name__}: {message.splitlines()[0]}"
 
 
-def about_model(name, model, *packages, **more) -> dict:
-    """What fixes a model's numbers: the SHA-256 of weights on disk, else name and commit."""
+def about_model(name, model, *packages, folders=("",), **more) -> dict:
+    """What fixes a model's numbers: the SHA-256 of weights on disk, else name and commit.
+
+    folders: those inside a model's folder that have weights.
+    """
     place = Path(name)
-    if place.is_dir():
-        files = sorted(place.glob("*.safetensors"))
-    else:
-        files = [place] if place.is_file() else []
+    files = {place.name: place} if place.is_file() else {}
+    for folder in folders:
+        inside = [*(place / folder).glob("*.safetensors"), *(place / folder).glob("*.bin")]
+        files |= {(Path(folder) / file.name).as_posix(): file for file in sorted(inside)}
     return {
-        "weights": {file.name: sha256(file) for file in files} or name,
+        "weights": {key: sha256(file) for key, file in files.items()} or name,
         "commit": getattr(getattr(model, "config", None), "_commit_hash", None),
         "precision": "bfloat16" if next(model.parameters()).is_cuda else "float32",
         "versions": {package: version(package) for package in ("torch", *packages)},
