@@ -150,7 +150,7 @@ class Data:
         if "lang" in reads:
             languages = [item["language"] for item in self.items[1:]]
             numbers = {language: n for n, language in enumerate(sorted(set(languages)), 1)}
-            catalog["lang"] = torch.tensor([0, *(numbers[language] for language in languages)])
+            catalog["lang"] = torch.tensor([0] + [numbers[language] for language in languages])
         if "train_seqs" in reads:
             catalog["train_seqs"] = self.train_seqs
         if "titles" in reads:

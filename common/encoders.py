@@ -372,6 +372,13 @@ class VisionModel(Pictures):
         self.batch = BATCH[device.type]
         # backend: torchvision's results differ in bits
         self.processor = hugging_face_part("AutoImageProcessor", name, backend="pil")
+        blank = self.processor(Image.new("RGB", (64, 64)), return_tensors="pt")
+        more = sorted(set(blank) - {"pixel_values", "pixel_mask"})
+        if more:    # as SigLIP 2 NaFlex, whose pictures have any number of pieces
+            raise UserError(
+                f"{name} reads more of a picture than its pixels ({', '.join(more)}), which is not "
+                f"supported: give another picture encoder"
+            )
         self.has_class = any(key.endswith("cls_token") for key, _ in self.model.named_parameters())
         self.about = about_model(
             name, self.model, "transformers", "pillow",

@@ -164,7 +164,8 @@ def one_below_the_other(parts):
     if stacked:    # (N+1, S, D) or their masks: filled up to the highest
         high = max(part.shape[1] for part in parts)
         parts = [filled_up(part, high) for part in parts]
-    return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
+    others = [part[1:] for part in parts[1:]]
+    return torch.cat([parts[0], *others])
 
 
 def filled_up(part, high):

@@ -360,7 +360,8 @@ def where_data_is(folder, settings):
     before = Path(settings["data"])
     if (before / "source.json").is_file():
         return before
-    roots = [Path("data"), *(parent / "data" for parent in folder.resolve().parents[:3])]
+    above = folder.resolve().parents[:3]
+    roots = [Path("data")] + [parent / "data" for parent in above]
     for root in roots:
         for about in sorted(root.glob("*/source.json")):
             try:

@@ -353,7 +353,8 @@ def describe(row) -> dict:
 
 def usable(*parts) -> list:
     """Clean sentences, without the page script (it calls getTime) that stands for some titles."""
-    return sentences(*(part for part in parts if "getTime" not in str(part)))
+    good = [part for part in parts if "getTime" not in str(part)]
+    return sentences(*good)
 
 
 def category_path(row) -> list:
@@ -397,7 +398,8 @@ def sizes_of(images) -> list:
     of an object of lists, as the library datasets saves it."""
     sizes = ("hi_res", "large", "thumb")
     if isinstance(images, dict):
-        return list(zip_longest(*(as_list(images.get(size)) for size in sizes)))
+        columns = [as_list(images.get(size)) for size in sizes]
+        return list(zip_longest(*columns))
     return [
         [image.get(size) for size in sizes]
         for image in as_list(images) if isinstance(image, dict)

@@ -34,7 +34,7 @@ def read(folder, name) -> Raw:
     last = highest(columns["items"], path)
     features = read_features(folder, last, report)
     asins = read_mapping(folder, report)
-    rows = max([last + 1, *(len(vectors) for _, vectors in features.values())])
+    rows = max([last + 1] + [len(vectors) for _, vectors in features.values()])
     order = [asins.get(str(number), str(number)) for number in range(rows)]
     columns["items"] = [order[int(item)] for item in columns["items"]]
     return Raw(catalog={}, report=report, item_order=order, features=features, **columns)

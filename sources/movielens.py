@@ -53,7 +53,7 @@ def read(folder, name) -> Raw:
             "images": [],
         })
 
-    optional = ("genres", *(genre.lower() for genre in GENRES))
+    optional = ("genres", *map(str.lower, GENRES))
     report[titles] = each_row(
         folder / titles, ("movieid", "title"), take, optional, titles_written
     )

@@ -441,6 +441,13 @@ class TestVisionModel:
             np.testing.assert_allclose(rows[i], pooled(model, kind, x).flatten(), atol=1e-5)
         assert encoder.processor.backend == "pil"
 
+    def test_pictures_in_pieces_are_refused(self, tmp_path):
+        import transformers as T
+        folder = save_kind(tmp_path / "m", "Siglip2", positions=64)
+        T.Siglip2ImageProcessor().save_pretrained(folder)
+        with pytest.raises(UserError, match="more of a picture than its pixels .*spatial_shapes"):
+            open_encoder("image", str(folder), CPU)
+
     def test_siglip_scores_as_transformers_own_pipeline(self, tmp_path):
         import transformers as T
         folder = save_kind(tmp_path / "m", "Siglip", positions=64)    # the pipeline pads to 64
