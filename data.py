@@ -66,6 +66,7 @@ class Data:
             others = np.random.default_rng(0).permutation(self.n_users)[kept:]
             self.train_end[others] = self.offsets[others]
         self.evaluated = {}    # evaluated rows that are on a device already
+        self.given = {}        # modality -> which items have features, once they are read
 
     @property
     def name(self):
@@ -80,14 +81,18 @@ class Data:
         """Whether anybody is evaluated; not where everything is trained on."""
         return self.split != "none"
 
-    def notes(self, encoders=()) -> list:
-        """Sentences on what the user gave and is not used. encoders: those of the command line."""
+    def notes(self, encoders=None) -> list:
+        """Sentences on what the user gave and is not used.
+
+        encoders: modality -> what the command line asks for.
+        """
         notes = list(self.about.get("notes", ()))
-        notes += notes_of_vectors(self.about, encoders)
+        notes += notes_of_vectors(self.about, encoders or {})
         if self.about["image_root"]:
             root = self.folder / self.about["image_root"]
-            notes += notes_of_pictures(self.items[1:], root)
-        if self.parts is not None and self.split != "files":
+            found = self.about.get("pictures_in", 0) > 0    # then the source names what it finds
+            notes += notes_of_pictures(self.items[1:], root, found)
+        if self.parts is not None and self.split not in ("files", "none"):
             notes.append(
                 f"the data came as train, valid and test, and is split anew by {self.split}: "
                 f"--split files keeps it as it came"
@@ -129,7 +134,7 @@ class Data:
     def has(self) -> dict:
         """{"text", "image"}: (n_items + 1,) bool, which items have a text or a picture on disk.
 
-        Where features came with the data: which items have such features.
+        Where features came with the data, or are read: which items have such features.
         """
         present = {
             "text": np.array([bool(item["title"] or item["text"]) for item in self.items]),
@@ -138,7 +143,12 @@ class Data:
         for modality, encoder in self.about["features"].items():
             path = feature_path(self.folder, modality, encoder)
             present[modality] = items_with_features(path, self.n_items)
-        return present
+        return present | self.given
+
+    def set_has(self, modality, present):
+        """Say which items have features: (n_items + 1,) bool."""
+        self.given[modality] = present
+        self.__dict__.pop("has", None)
 
     def catalog(self, reads) -> dict:
         """The catalog keys that need no encoder, as far as a model reads them (its READS)."""
@@ -416,7 +426,7 @@ def load_for(args) -> Data:
 
 
 def print_notes(dataset, args):
-    encoders = (getattr(args, "text", None), getattr(args, "image", None))
+    encoders = {modality: getattr(args, modality, None) for modality in ("text", "image")}
     for note in dataset.notes(encoders):
         print(f"note: {note}", flush=True)
 

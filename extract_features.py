@@ -42,6 +42,7 @@ from common.features import (
     write_features,
 )
 from common.files import (
+    UserError,
     alone_in,
     command,
     keys_sha256,
@@ -54,7 +55,7 @@ from common.files import (
     write_json,
 )
 from common.progress import Bar
-from common.vectors import is_vectors, read_vectors
+from common.vectors import digest_of, is_vectors, read_vectors
 
 CLIP = "ViT-B-32:laion2b_s34b_b79k"    # the default for everything but the demo shops
 MOST = 10                              # sentences or pictures of one item
@@ -87,8 +88,7 @@ def features(dataset, modality, text=None, image=None, device=None, reads=None) 
     for note in read_json(path.with_suffix(".json")).get("notes", ()):
         print(f"note: {note}", flush=True)
     vectors, index = read_features(path, dataset.n_items)
-    if is_vectors(encoder):    # what an item has is what it has a row of, whatever else is known
-        dataset.has[modality] = index.any(1).numpy()
+    dataset.set_has(modality, index.any(1).numpy())    # what the model is given
     return catalog_of(modality, vectors, index, reads)
 
 
@@ -98,13 +98,25 @@ def encoders(dataset, text=None, image=None) -> dict:
     given = dataset.about["features"]    # with the data
     text = text or given.get("text") or defaults["text"]
     image = image or given.get("image") or defaults["image"]
-    if is_vectors(text):
-        text = str(Path(text).resolve())
-    if is_vectors(image):
-        image = str(Path(image).resolve())
+    text, image = full_name(text), full_name(image)
     if image.startswith("keywords:") and "+" not in image:
         image = f"{image}+{text}"        # the encoder that reads the keywords
     return {"text": text, "image": image}
+
+
+def full_name(encoder):
+    """An encoder's name; of a file of vectors the full path, so that it is found from anywhere.
+
+    Raises UserError for a file of another kind.
+    """
+    if is_vectors(encoder):
+        return str(Path(encoder).resolve())
+    if encoder and ":" not in str(encoder) and Path(encoder).is_file():
+        raise UserError(
+            f"{encoder} is no file of vectors: save them with numpy.save, as .npy, or as "
+            f".safetensors"
+        )
+    return encoder
 
 
 def inputs_changed(dataset, modality, encoder) -> bool:
@@ -112,7 +124,7 @@ def inputs_changed(dataset, modality, encoder) -> bool:
     path = feature_path(dataset.folder, modality, encoder)
     about = about_features(path, keys_of(dataset), encoder)
     if is_vectors(encoder):    # features without their file still serve
-        return Path(encoder).is_file() and about["inputs_sha256"] != sha256(encoder)
+        return Path(encoder).is_file() and about["inputs_sha256"] != digest_of(encoder)
     _, inputs = inputs_of(dataset, modality)
     if not inputs or about.get("inputs_sha256") is None:
         return False
@@ -192,8 +204,11 @@ def take_over(dataset, modality, file):
     if zero:
         notes.append(f"{zero} of {len(keys)} items have no vector in {Path(file).name}, or zeros")
     index = np.arange(1, len(keys) + 1)[:, None]
-    digest = sha256(file)
-    about = {"weights": {Path(file).name: digest}, "inputs_sha256": digest, "notes": notes}
+    about = {
+        "weights": {Path(file).name: sha256(file)},
+        "inputs_sha256": digest_of(file),
+        "notes": notes,
+    }
     write_features(dataset.folder, modality, file, vectors, index, keys, about)
 
 

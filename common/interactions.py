@@ -6,7 +6,7 @@ Names are compared without case and without what is no letter or digit: `User_ID
 import re
 
 from .files import UserError
-from .tables import each_row, form_of, header_of
+from .tables import MISSING, cut, each_row, first_of, form_of, header_of
 from .times import ADVICE, Times
 
 USERS = (
@@ -24,6 +24,7 @@ TIMES = (
     "unixreviewtime", "reviewtime", "createdat", "orderdate", "purchasedate", "tdat",
 )
 PARTS = ("split", "part", "xlabel")
+OWN = ("interactions.csv", "interactions.tsv")    # a folder with one of these is somebody's own
 FILES = {    # name of a table: which part it is
     "train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2,
 }
@@ -39,7 +40,8 @@ class Interactions:
         self.items = []
         self.parts = []
         self.times = Times()
-        self.timed = None    # whether the tables have times: all or none
+        self.timed = None    # whether the tables have times: all or none,
+        self.parted = None   # and whether they are parts
         self.notes = []
         self.keys = {}       # one string per key, however many lines
 
@@ -51,10 +53,13 @@ class Interactions:
         """
         form = form or form_of(path)
         user, item, time, own_part = self.find_columns(path, form)
+        self.timed = all_or_none(path, "a column time", self.timed, time is not None)
+        parted = bool(own_part) or part is not None
+        self.parted = all_or_none(path, "a part: train, valid or test", self.parted, parted)
 
         def take(user, item, time, name):
             user, item = on_one_line(user), on_one_line(item)
-            if not (user and item):
+            if user.casefold() in MISSING or item.casefold() in MISSING:
                 return "no_user_or_item"
             place = PART.get(name.strip().lower()) if own_part else part
             if place is None and own_part:
@@ -77,19 +82,21 @@ class Interactions:
         if session and not user:
             user = session
             self.notes.append(f"{path.name} has no users: each {session} is taken for a user")
-        if self.timed not in (None, time is not None):
-            raise UserError(
-                f"{path} and the other tables in its folder must all have a column time, or none"
-            )
-        self.timed = time is not None
-        if not self.timed:
+        if time is None:
             self.notes.append(
                 f"{path.name} has no column time: the order of its lines is the order of events"
             )
         unread = [name for name in header if name and name not in (user, item, time, part)]
         if unread:
             self.notes.append(f"{path.name}: columns not read: {', '.join(unread)}")
-        return user or "user", item or "item", time, part
+        missing = [role for role, name in (("user", user), ("item", item)) if name is None]
+        if missing:
+            raise UserError(
+                f"{path} must begin with a line that names the columns user, item, but "
+                f"{', '.join(missing)} is not there (it begins with {cut(', '.join(header))}): "
+                f"write a header such as user,item,time; docs/data.md has the names that are known"
+            )
+        return user, item, time, part
 
     def columns(self, path, report) -> dict:
         """users, items, times, clock, parts and notes, as arguments of `Raw`.
@@ -113,6 +120,17 @@ class Interactions:
             "parts": self.parts or None,
             "notes": notes,
         }
+
+
+def all_or_none(path, what, before, now) -> bool:
+    """Raises UserError where a table has something that those before it lack, or the reverse."""
+    if before not in (None, now):
+        raise UserError(f"{path} and the other tables in its folder must all have {what}, or none")
+    return now
+
+
+def has_own_table(folder) -> bool:
+    return first_of(folder, OWN) is not None
 
 
 def find(header, names):

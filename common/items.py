@@ -11,6 +11,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from .interactions import ITEMS, find, plain_name
 from .tables import (
+    MISSING,
     clean_text,
     each_object,
     each_row,
@@ -33,6 +34,7 @@ TEXTS = (    # in the order in which they stand in an item's texts
     ("brand", "store", "manufacturer", "author", "authors", "artist", "publisher"),
     ("color", "colour", "material", "style"),
 )
+KEYS = (*ITEMS, "id")    # in a table of interactions an id would be that of its line
 LISTED = {"categories", "category", "maincategory", "genres", "genre", "tags", "keywords"}
 CATALOGS = ("items.jsonl", "items.csv", "items.tsv")
 LANGUAGES = ("language", "lang", "locale")
@@ -41,8 +43,7 @@ IMAGES = (
     "imagepaths", "imagefile", "picture", "pictures", "pictureurl", "photo", "photos", "thumbnail",
     "poster", "posterurl", "cover", "coverurl", "imageurlhighres",
 )
-KNOWN = {*ITEMS, *TITLES, *sum(TEXTS, ()), *LANGUAGES, *IMAGES}
-EMPTY = {"", "nan", "null", "none"}    # what programs write into a cell that has nothing
+ALL_READ = {*sum(TEXTS, ()), *IMAGES}    # of the other names the first that has a text is read
 SURROGATE = re.compile("[\ud800-\udfff]")
 SEVERAL = re.compile(r"\s*[|;]\s*|[,\s]+(?=https?://)")    # between the pictures in one cell
 
@@ -76,7 +77,7 @@ class Items:
             return each_object(path, self.take)
         form = form or form_of(path)
         header = header_of(path, form)
-        item = find(header, ITEMS) or "item"
+        item = find(header, KEYS) or "item"
         others = [name for name in header if name not in ("", item)]
 
         def take(key, *cells):
@@ -91,17 +92,22 @@ class Items:
     def take(self, row):
         """An object that describes an item; None, or why it cannot be used."""
         plain = {plain_name(name): value for name, value in row.items()}
-        key = key_of(next((plain[name] for name in ITEMS if name in plain), None))
+        item = next((name for name in KEYS if name in plain), None)
+        key = key_of(plain.get(item))
         if not key:
             return "no_item"
         if key in self.catalog:
             self.twice += 1
             return None
-        self.unread.update(name for name in row if plain_name(name) not in KNOWN)
+        title, language = first_text(plain, TITLES), first_text(plain, LANGUAGES)
+        read = {item, title, language, *ALL_READ}
+        for name, value in row.items():
+            if plain_name(name) not in read and clean_text(value):
+                self.unread[name] += 1
         self.catalog[key] = {
-            "title": first_text(plain, TITLES),
+            "title": clean_text(plain.get(title)),
             "text": sentences(*texts_of(plain)),
-            "language": first_text(plain, LANGUAGES),
+            "language": clean_text(plain.get(language)),
             "images": list(dict.fromkeys(self.images_of(plain))),
         }
         return None
@@ -144,13 +150,12 @@ def key_of(value) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return ""
     key = " ".join(str(value).split())
-    return "" if SURROGATE.search(key) else key
+    return "" if SURROGATE.search(key) or key.casefold() in MISSING else key
 
 
-def first_text(plain, names) -> str:
-    """The first of the named values that has any text."""
-    texts = (clean_text(plain.get(name)) for name in names)
-    return next(filter(None, texts), "")
+def first_text(plain, names):
+    """The first of some names whose value has any text; None where none has."""
+    return next((name for name in names if clean_text(plain.get(name))), None)
 
 
 def texts_of(plain):
@@ -182,7 +187,7 @@ def as_list(value) -> list:
 def value_of(cell):
     """What a cell of a table says: a text, or the list that a program has written into it."""
     cell = cell.strip()
-    if cell.casefold() in EMPTY:
+    if cell.casefold() in MISSING:
         return None
     if cell.startswith("[") and cell.endswith("]"):
         try:
@@ -212,6 +217,13 @@ def refusal_of(image):
 
 # ---------------- two files that must speak of the same items
 
+def order_of(catalog, items) -> list:
+    """Keys in the order of the catalog, so that a file of vectors in that order fits, then the
+    others: 2 before 10."""
+    others = {*items} - catalog.keys()
+    return [*catalog, *sorted(others, key=lambda key: (key.zfill(20), key))]
+
+
 def notes_of_match(catalog, items, described_in, bought_in) -> list:
     """Sentences on the items that only one of two files has.
 
@@ -222,17 +234,23 @@ def notes_of_match(catalog, items, described_in, bought_in) -> list:
         return []
     idle = [key for key in catalog if key not in bought]
     unknown = [key for key in bought if key not in catalog]
+    pairs = alike(idle, unknown)
+    described, sold = pairs[0] if pairs else ([*idle, ""][0], [*unknown, ""][0])
     if len(idle) == len(catalog):
-        described, sold = alike(idle, unknown)
         return [
             f"none of the {len(idle)} items of {described_in} occurs in {bought_in} ({described} "
             f"against {sold}): are the ids written alike?"
         ]
     notes = []
+    if pairs:
+        notes.append(
+            f"{len(pairs)} items seem to be written differently in {described_in} and in "
+            f"{bought_in} ({described} against {sold}), and count as two"
+        )
     if idle:
         notes.append(
             f"{len(idle)} of {len(catalog)} items of {described_in} do not occur in {bought_in}, "
-            f"the first is {idle[0]}: they are ranked like all others"
+            f"the first is {idle[0]}"
         )
     if unknown:
         notes.append(
@@ -242,13 +260,10 @@ def notes_of_match(catalog, items, described_in, bought_in) -> list:
     return notes
 
 
-def alike(some, others):
-    """A key of each list that may mean the same item: 12 and 12.0, 0012 and 12, a7 and A7."""
+def alike(some, others) -> list:
+    """Pairs of keys that may mean the same item: 12 and 12.0, 0012 and 12, a7 and A7."""
     by_form = {bare(key): key for key in others}
-    for key in some:
-        if bare(key) in by_form:
-            return key, by_form[bare(key)]
-    return some[0], others[0]
+    return [(key, by_form[bare(key)]) for key in some if bare(key) in by_form]
 
 
 def bare(key) -> str:

@@ -16,9 +16,10 @@ places in `flat`, -1 = none.
 import numpy as np
 
 from .files import UserError
-from .times import iso, number
+from .times import Times, number
 
 SHARES = (.8, .9)    # of the interactions, before the two cuts
+PARTS = ("train", "valid", "test")
 
 
 def leave_one_out(dataset):
@@ -42,11 +43,18 @@ def temporal(dataset):
 
 
 def files(dataset):
-    """Raises UserError where the data came in one piece."""
+    """Raises UserError where the data came in one piece, or without valid or test."""
     if dataset.parts is None:
+        read = ", ".join(name for name in dataset.about["files"] if name in dataset.about["report"])
         raise UserError(
-            f"{dataset.name} came in one piece, so --split files has nothing to go by: give "
-            f"train.csv, valid.csv and test.csv, or use another --split"
+            f"{dataset.name} came in one piece ({read}), so --split files has nothing to go by: "
+            f"give train.csv, valid.csv and test.csv in its place, or use another --split"
+        )
+    missing = [part for number, part in enumerate(PARTS) if not (dataset.parts == number).any()]
+    if missing:
+        raise UserError(
+            f"{dataset.name} came without {' and '.join(missing)}, and --split files needs train, "
+            f"valid and test: give the missing file, or use another --split"
         )
     return in_parts(dataset, dataset.parts)
 
@@ -90,6 +98,8 @@ def cuts_of(text, times) -> tuple:
             f"--cut {text} is not understood: give one or two dates, such as 2022-09-15 or "
             f"2022-09-15,2022-09-22, or shares, such as .8,.9"
         )
+    if len(cuts) == 2 and cuts[0] >= cuts[1]:
+        raise UserError(f"--cut {text} must name the earlier cut first, where validation begins")
     if len(cuts) == 1:
         before = times[times < cuts[0]]
         first = np.quantile(before, SHARES[0] / SHARES[1]) if len(before) else cuts[0]
@@ -107,9 +117,13 @@ def cuts_of(text, times) -> tuple:
 def cut_at(text, times):
     """Seconds of a date, or of where a share of the interactions is reached; else None."""
     share = number(text)
-    if share is None:
-        return iso(text)
-    return np.quantile(times, share) if 0 < share < 1 else None
+    if share is not None and 0 < share < 1:
+        return np.quantile(times, share)
+    date = Times()
+    if not date.add(text):
+        return None
+    seconds, _, clock = date.in_seconds(f"--cut {text}")
+    return None if clock == "order" else seconds[0]    # 1, 2, 3 are no dates
 
 
 def in_order_of_parts(offsets, flat, times, parts):

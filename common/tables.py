@@ -24,6 +24,7 @@ MOST_BAD = 0.01          # share of unusable lines above which a file is refused
 LONGEST_LINE = 1 << 22   # bytes; a longer line is read in pieces, so that no line fills the memory
 SHOWN = 60               # characters of an unusable line that a message shows
 SEPARATORS = ",\t;|"
+MISSING = {"", "nan", "null", "none"}    # what programs write where there is nothing
 
 
 @dataclass
@@ -147,6 +148,7 @@ class Form:
     separator: str = ","
     quoted: bool = True    # whether cells may stand in quotes
     header: tuple = ()     # the names of the columns, where the file does not begin with them
+    skip: int = 0          # lines before the header
 
 
 CSV = Form()
@@ -155,7 +157,9 @@ TABS = Form("\t", quoted=False)
 
 def form_of(path) -> Form:
     """The form of a table with a header: quoted cells between the most frequent separator there."""
-    for _, text in first_lines(path, 1):
+    for number, text in first_lines(path, 1):
+        if text.lower().startswith("sep=") and len(text) == 5:    # how Excel says it
+            return Form(text[-1], skip=number)
         return Form(max(SEPARATORS, key=text.count))
     return CSV
 
@@ -175,14 +179,20 @@ def each_row(path, columns, take, optional=(), form=CSV, advice=None, most_bad=M
         if missing:
             raise UserError(
                 f"{path} must begin with a line that names the columns {', '.join(columns)}, but "
-                f"{', '.join(missing)} is not there: put a complete copy in its place"
+                f"{', '.join(missing)} is not there (it begins with {cut(', '.join(header))}): put "
+                f"a complete copy in its place"
             )
+        twice = [name for name in (*columns, *optional) if header.count(name) > 1]
+        if twice:
+            raise UserError(f"{path} has two columns {twice[0]}: give one of them another name")
         places = [header.index(name) for name in columns]
         places += [header.index(name) if name in header else -1 for name in optional]
         cells = itemgetter(*places)
         for number, row in lines:
             if len(row) < len(header):
                 yield number, Defect("columns_missing"), row
+            elif any(row[len(header):]):
+                yield number, Defect("more_columns_than_the_header"), row
             else:
                 row.append("")    # what place -1, an optional column that is not there, reads
                 yield number, cells(row), row[:-1]
@@ -202,7 +212,8 @@ def table_lines(path, form=CSV):
             # strict: else a stray quote swallows what follows
             lines = csv.reader(file, strict=True, delimiter=form.separator)
             for row in filter(None, lines):
-                yield lines.line_num, row
+                if lines.line_num > form.skip:
+                    yield lines.line_num, row
     except csv.Error as error:
         raise UserError(
             f"{path}, line {lines.line_num} is not CSV ({error}): correct that line"
@@ -228,10 +239,15 @@ def names(header) -> list:
     return [name.strip().lower().partition(":")[0] for name in header]
 
 
+def first_row(path, form=CSV) -> list:
+    """The cells of the first line. Raises UserError for what is no table."""
+    with closing(table_lines(path, form)) as lines:
+        return next(lines, (0, []))[1]
+
+
 def header_of(path, form=CSV) -> list:
     """The column names of a table, in lower case. Raises UserError for what is no table."""
-    with closing(table_lines(path, form)) as lines:
-        return names(next(lines, (0, []))[1])
+    return names(first_row(path, form))
 
 
 # ---------------- JSON lines

@@ -19,7 +19,7 @@ MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", 
 DATES = (
     r"(?P<year>\d{4})(?P<mark>[-/.])(?P<month>\d{1,2})(?P=mark)(?P<day>\d{1,2})",
     r"(?P<first>\d{1,2})(?P<mark>[-/.])(?P<second>\d{1,2})(?P=mark)(?P<year>\d{4})",
-    r"(?P<day>\d{1,2})[ -](?P<name>[a-z]{3})[a-z]*\.?,?[ -](?P<year>\d{4})",
+    r"(?P<day>\d{1,2})\.?[ -](?P<name>[a-z]{3})[a-z]*\.?,?[ -](?P<year>\d{4})",
     r"(?P<name>[a-z]{3})[a-z]*\.? (?P<day>\d{1,2}),? (?P<year>\d{4})",
 )
 CLOCK = (
@@ -43,11 +43,13 @@ class Times:
     def add(self, text) -> bool:
         """Whether a text is understood: a number, an ISO date, or another usual form of a date."""
         value = number(text)
+        latest = np.inf
         if value is None:
             value = iso(text)
+            latest = YEAR_2100
         if value is None:
             value = self.date_of(text)
-        if value is None or not 0 <= value < np.inf:
+        if value is None or not 0 <= value < latest:
             return False
         self.values.append(value)
         return True
@@ -179,10 +181,15 @@ def moment(year, month, day, clock):
 
 
 def compact_dates(times):
-    """Numbers that are all dates, 20170714 or 20170714123000, in seconds; else None."""
+    """Numbers that are all dates, 20170714 or with hours, minutes (and seconds), as seconds since
+    1970; else None."""
     if not len(times):
         return None
-    scale = 1_000_000 if times.min() > 1e13 else 1
+    scale, unit = 1, 1                   # 20170714
+    if times.min() > 1e13:
+        scale, unit = 1_000_000, 1       # 20170714123000
+    elif times.min() > 1e11:
+        scale, unit = 10_000, 100        # 201707141230
     days = times // scale
     plausible = days.min() >= 1970_01_01 and days.max() <= 2100_12_31 and (times % 1 == 0).all()
     if not plausible:
@@ -192,7 +199,7 @@ def compact_dates(times):
         seconds[day] = moment(day // 10_000, day // 100 % 100, day % 100, 0)
     if None in seconds.values():
         return None
-    clock = times % scale    # 123000, or 0
+    clock = times % scale * unit    # 123000, or 0
     hour, minute, second = clock // 10_000, clock // 100 % 100, clock % 100
     if hour.max() > 23 or minute.max() > 59 or second.max() > 59:
         return None

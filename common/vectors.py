@@ -8,18 +8,33 @@ Which row is which item is said in one of these ways:
     fields                .npy with two fields: the key, and the vector
     tensors by key        .safetensors with one vector for each item, under its key
 """
+import re
 from pathlib import Path
 
 import numpy as np
 
-from .files import UserError, load_tensors
+from .files import UserError, load_tensors, sha256
 
 ENDS = (".npy", ".safetensors")
+MOST = .9    # share of different numbers in a column of ids; fewer are a feature's
 
 
 def is_vectors(name) -> bool:
-    """Whether an encoder's name is a file of vectors."""
-    return str(name).endswith(ENDS) and ":" not in str(name)    # ViT-B-32:file.safetensors
+    """Whether an encoder's name is a file of vectors, and not ViT-B-32:file.safetensors."""
+    if not str(name).endswith(ENDS):
+        return False
+    architecture = re.match(r"[^/\\:]{2,}:", str(name))    # one letter is a drive
+    return architecture is None or Path(name).is_file()
+
+
+def digest_of(path) -> str:
+    """SHA-256 of a file of vectors and of the ids beside it."""
+    digests = [sha256(file) for file in (Path(path), ids_beside(path)) if file.is_file()]
+    return "+".join(digests)
+
+
+def ids_beside(path) -> Path:
+    return Path(path).with_suffix(".ids.txt")
 
 
 def read_vectors(path, keys, described=None) -> tuple:
@@ -36,21 +51,27 @@ def read_vectors(path, keys, described=None) -> tuple:
             f"{path} holds {rows.dtype} numbers of shape {rows.shape}, and a row of numbers for "
             f"each item is wanted: (items, width)"
         )
+    notes = []
     if ids is None:
-        rows, ids = column_of_ids(rows, keys)
+        rows, ids, notes = column_of_ids(path, rows, keys)
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32)    # what is too large becomes infinite
     if not np.isfinite(rows).all():
         bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
         raise UserError(f"{path}, row {bad} (counted from 0) has a number that is not finite")
     if ids is None:
-        return in_order(path, rows, keys, described or len(keys)), []
-    return by_id(path, rows, ids, keys)
+        notes.append(f"the rows of {path.name} are taken in the order of items.jsonl, the first is "
+                     f"{keys[0]}'s")
+        return in_order(path, rows, keys, described or len(keys)), notes
+    rows, more = by_id(path, rows, ids, keys)
+    return rows, notes + more
 
 
 def contents(path) -> tuple:
     """(rows, their items' keys or None) of a file."""
     if not path.is_file():
         raise UserError(f"{path} is no file: give a file of vectors, .npy or .safetensors")
-    beside = path.with_suffix(".ids.txt")
+    beside = ids_beside(path)
     ids = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else None
     if path.suffix == ".npy":
         rows = array_in(path)
@@ -86,17 +107,28 @@ def as_text(key) -> str:
     return key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)
 
 
-def column_of_ids(rows, keys) -> tuple:
-    """(rows, None), or (rows without their first column, ids) where that column holds items' keys.
+def column_of_ids(path, rows, keys) -> tuple:
+    """(rows, None, notes), or, where their first column holds items' keys, (rows without it, the
+    keys, notes).
 
-    No real feature is a distinct whole number in every row, and some item's key as well.
+    No real feature is a distinct whole number in every row, and some item's key as well. Raises
+    UserError for keys that have lost their last digits.
     """
     first = rows[:, 0]
     whole = rows.shape[1] > 1 and np.isfinite(first).all() and (first % 1 == 0).all()
-    if not whole or len(np.unique(first)) < len(first):
-        return rows, None
-    ids = [str(int(key)) for key in first]
-    return (rows[:, 1:], ids) if set(ids) & set(keys) else (rows, None)
+    if not whole or len(set(first.tolist())) < MOST * len(first):
+        return rows, None, []
+    if rows.dtype.itemsize < 8 and rows.dtype.kind == "f" and first.max() > 2 ** 24:
+        raise UserError(
+            f"{path} has a first column of large whole numbers, as ids are, which {rows.dtype} "
+            f"cannot hold: save it as float64, or write the ids into {ids_beside(path).name}"
+        )
+    by_number = {int(key): key for key in keys if key.isdecimal()}    # 0012 is 12 here
+    ids = [by_number.get(int(number), f"{number:.0f}") for number in first.tolist()]
+    if not set(ids) & set(by_number.values()):
+        return rows, None, [f"the first column of {path.name} has whole numbers that are no items' "
+                            f"ids, and is taken for a feature"]
+    return rows[:, 1:], ids, [f"the first column of {path.name} is taken for the items' ids"]
 
 
 def in_order(path, rows, keys, described):
@@ -106,7 +138,7 @@ def in_order(path, rows, keys, described):
         raise UserError(
             f"{path} has {len(rows)} rows, and the data set has {wanted} items: give a row for "
             f"each, in the order of items.jsonl, or say whose they are in "
-            f"{path.with_suffix('.ids.txt').name}, one id a line"
+            f"{ids_beside(path).name}, one id a line"
         )
     filled = np.zeros((len(keys), rows.shape[1]), np.float32)
     filled[:len(rows)] = rows

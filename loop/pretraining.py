@@ -71,7 +71,9 @@ def load_sets(job) -> list:
         raise UserError(
             f"--pretrain_data {args.pretrain_data!r} is not a list of data sets such as A or A,B"
         )
-    sets = [data.load(name, split=args.split, mirror=args.mirror, cut=args.cut) for name in names]
+    # a split that came with one data set says nothing of another
+    split = "leave_one_out" if args.split == "files" else args.split
+    sets = [data.load(name, split=split, mirror=args.mirror, cut=args.cut) for name in names]
     for other in sets:
         data.print_notes(other, args)
     ours = encoders_of(job.module, job.cfg, job.dataset, args)

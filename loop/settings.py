@@ -287,11 +287,14 @@ def say_what_is_not_used(args, module):
     """Print a line for each flag that was given and changes nothing in this run."""
     for modality, keys in KEYS.items():
         encoder = getattr(args, modality)
+        if modality == "text" and str(args.image).startswith("keywords:"):
+            continue    # it reads the keywords
         if encoder and not set(module.READS) & set(keys):
             print(f"note: --{modality} {encoder} is not used: {args.model} does not read it")
     if args.split == "none":
         names = ("patience", "valid_users", "mask_history")
         given = [f"--{name}" for name in names if getattr(args, name, None)]
+        given += ["--valid_every"] if args.valid_every > 1 else []
         if given:
             print(f"note: {' and '.join(given)} not used: under --split none no epoch is selected")
 

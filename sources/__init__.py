@@ -44,7 +44,8 @@ from common.tables import Raw
 
 from .notes import PICTURES, notes_of_files
 
-FORMAT = 3    # of the processed folder; a folder of another format is made anew
+FORMAT = 3    # of the processed folder; a folder of another format is made anew. Raise it also when
+              # a reader in common/ reads otherwise: only the code of sources is watched
 SOURCES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 SOURCES = [source for source in SOURCES if hasattr(source, "recognises")]
 NAMES = [name for source in SOURCES for name in getattr(source, "NAMES", ())]
@@ -132,6 +133,8 @@ def place_order(where, root, core, by) -> Order:
     if source is None:
         name = None
         source = source_of_folder(Path(where))
+    if core is not None and core < 0:
+        raise UserError(f"--core {core} must not be negative; 0 filters nothing")
     kinds = getattr(source, "BY", ())
     if by not in (None, *kinds):
         advice = f"give {' or '.join(kinds)}" if kinds else "leave it out"
@@ -149,6 +152,8 @@ def place_order(where, root, core, by) -> Order:
 
 def source_of_folder(folder):
     """The source that recognises a folder's files. Raises UserError."""
+    if folder.is_file():
+        raise UserError(f"--data {folder} is a file: give the folder that it lies in")
     if not folder.is_dir():
         raise UserError(
             f"--data {folder} is neither a folder nor a known data set: give a folder or one of "

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from common.files import UserError
+from common.interactions import has_own_table
+from common.items import as_list
 from common.tables import Defect, Raw, clean_text, each_object, first_lines, sentences
 from common.web import download
 
@@ -72,7 +74,7 @@ def knows(name) -> bool:
 
 
 def recognises(folder) -> bool:
-    if not folder.is_dir() or (folder / "interactions.csv").exists():
+    if not folder.is_dir() or has_own_table(folder):
         return False
     return len(categories_in(folder)) > 0
 
@@ -408,9 +410,3 @@ def sizes_of(images) -> list:
 
 def is_address(value) -> bool:
     return isinstance(value, str) and WEB_ADDRESS.fullmatch(value) is not None
-
-
-def as_list(value) -> list:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]

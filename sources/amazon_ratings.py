@@ -11,8 +11,8 @@ no pictures. All may be compressed (.gz). Source: https://amazon-reviews-2023.gi
 import re
 
 from common.files import UserError
-from common.interactions import FILES, Interactions
-from common.tables import CSV, Form, Raw, table_lines
+from common.interactions import FILES, Interactions, has_own_table
+from common.tables import CSV, Form, Raw, first_row
 
 from .amazon import HOSTS, read_metadata
 
@@ -25,7 +25,7 @@ HEADED = ("user_id", "parent_asin", "rating", "timestamp")
 
 def recognises(folder) -> bool:
     try:
-        return folder.is_dir() and len(tables_of(folder)) > 0
+        return folder.is_dir() and not has_own_table(folder) and len(tables_of(folder)) > 0
     except UserError:    # a damaged table
         return False
 
@@ -54,14 +54,16 @@ def read(folder, name) -> Raw:
 
 
 def tables_of(folder) -> dict:
-    """Table of ratings -> (match of its name, how it is written)."""
+    """Table of ratings -> (match of its name, how it is written), train before valid and test."""
     tables = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         match = TABLE.fullmatch(path.name)
-        form = form_of_ratings(path) if match else None
+        if not match or match["category"] in FILES:    # train.csv is somebody's own
+            continue
+        form = form_of_ratings(path)
         if form:
             tables[path] = match, form
-    return tables
+    return dict(sorted(tables.items(), key=lambda row: FILES.get(row[1][0]["part"], 0)))
 
 
 def form_of_ratings(path):
@@ -69,7 +71,7 @@ def form_of_ratings(path):
 
     Raises UserError for a damaged one.
     """
-    _, cells = next(table_lines(path), (0, []))
+    cells = first_row(path)
     if tuple(cells[:4]) == HEADED:
         return CSV
     if len(cells) != 4:

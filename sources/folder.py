@@ -12,11 +12,10 @@ items.csv          in its place: the same as a table
 
 Tables may have tabs or semicolons, be called .tsv, and be compressed (.gz).
 """
-from common.interactions import FILES, Interactions
-from common.items import Items, notes_of_match
+from common.interactions import FILES, OWN, Interactions
+from common.items import Items, notes_of_match, order_of
 from common.tables import Raw, first_of
 
-INTERACTIONS = ("interactions.csv", "interactions.tsv")
 ENDS = (".csv", ".tsv")
 
 
@@ -36,8 +35,7 @@ def read(folder, name) -> Raw:
     columns["notes"] += items.read_beside(folder, report)
     tables = " or ".join(table.name for table in tables)
     columns["notes"] += notes_of_match(items.catalog, columns["items"], items.file, tables)
-    # the order of the catalog, so that a file of vectors in that order fits
-    order = list(dict.fromkeys([*items.catalog, *sorted(set(columns["items"]))]))
+    order = order_of(items.catalog, columns["items"])
     root = str(folder.resolve())
     return Raw(
         catalog=items.catalog, report=report, item_order=order, image_root=root, **columns
@@ -46,7 +44,7 @@ def read(folder, name) -> Raw:
 
 def tables_of(folder) -> dict:
     """Table of interactions -> its part, train 0, valid 1, test 2; None for a table of all."""
-    path = first_of(folder, INTERACTIONS)
+    path = first_of(folder, OWN)
     if path:
         return {path: None}
     parts = {}    # the first file of each part

@@ -10,7 +10,7 @@ Of these <D>.inter and one of the others must be there. Source: github.com/enoch
 import numpy as np
 
 from common.files import UserError
-from common.interactions import Interactions
+from common.interactions import Interactions, has_own_table
 from common.tables import TABS, Raw, each_row, form_of
 from common.vectors import array_in
 
@@ -21,7 +21,7 @@ MAPPING = "i_id_mapping.csv"
 def recognises(folder) -> bool:
     beside = any((folder / name).is_file() for name in (MAPPING, *FEATURES.values()))
     tables = list(folder.glob("*.inter"))
-    return beside and len(tables) == 1 and not (folder / "interactions.csv").exists()
+    return beside and len(tables) == 1 and not has_own_table(folder)
 
 
 def read(folder, name) -> Raw:
@@ -83,4 +83,6 @@ def read_mapping(folder, report) -> dict:
             asins[number.strip()] = asin.strip()
 
         report[path.name] = each_row(path, ("asin", "itemid"), take, form=form_of(path))
+    if len(set(asins.values())) < len(asins):
+        raise UserError(f"{path} gives one asin to several itemIDs: put a complete copy there")
     return asins

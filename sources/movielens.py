@@ -7,8 +7,8 @@ ml-20m and later         ratings.csv, movies.csv, with headers
 Every rating counts as an interaction, whatever its stars. Source:
 https://grouplens.org/datasets/movielens
 """
-from common.interactions import Interactions
-from common.items import notes_of_match
+from common.interactions import Interactions, has_own_table
+from common.items import notes_of_match, order_of
 from common.tables import CSV, Form, Raw, clean_text, each_row, sentences
 
 GENRES = (    # the columns of u.item
@@ -27,7 +27,7 @@ EDITIONS = (    # (ratings, how they are written, titles, how they are written)
 
 
 def recognises(folder) -> bool:
-    return edition_of(folder) is not None and not (folder / "interactions.csv").exists()
+    return edition_of(folder) is not None and not has_own_table(folder)
 
 
 def read(folder, name) -> Raw:
@@ -58,7 +58,8 @@ def read(folder, name) -> Raw:
         folder / titles, ("movieid", "title"), take, optional, titles_written
     )
     columns["notes"] += notes_of_match(catalog, columns["items"], titles, ratings)
-    return Raw(catalog=catalog, report=report, **columns)
+    order = order_of(catalog, columns["items"])
+    return Raw(catalog=catalog, report=report, item_order=order, **columns)
 
 
 def edition_of(folder):

@@ -1,12 +1,13 @@
 """Sentences on what was given and is not used: printed by every command that reads the data."""
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 
 from common.tables import kinds_of
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 ABOUT = (".ids.txt", ".md", ".pdf", ".py", ".ipynb", ".sh", ".html", ".log")
-VECTORS = (".npy", ".npz", ".safetensors")
-MOST = 1000    # pictures that are counted where no item names one
+VECTORS = (".npy", ".safetensors")
+MOST = 1000    # pictures that no item names: so many are counted
 
 
 def notes_of_files(report, files) -> list:
@@ -35,40 +36,51 @@ def is_no_data(name) -> bool:
 
 
 def notes_of_vectors(about, encoders) -> list:
-    """On vectors that lie in the folder. about: source.json. encoders: of the command line."""
-    given = {Path(encoder).name for encoder in encoders if encoder}
+    """On vectors that lie in the folder, and on features that came with the data.
+
+    about: source.json. encoders: modality -> what the command line asks for, or None.
+    """
+    notes = []
+    for modality, came in about["features"].items():
+        if encoders.get(modality) not in (None, came):
+            notes.append(
+                f"the {modality} features that came with the data are not used: leave --{modality} "
+                f"out for them"
+            )
+    given = {Path(encoder).name for encoder in encoders.values() if encoder}
     idle = [
         name for name in about.get("files", {})
         if name.endswith(VECTORS) and name not in about["report"] and name not in given
     ]
-    if not idle:
-        return []
-    return [f"not used: {', '.join(idle)}; vectors are given as --text FILE or --image FILE"]
+    if idle:
+        notes.append(
+            f"not used: {', '.join(idle)}; vectors are given as --text FILE or --image FILE"
+        )
+    return notes
 
 
-def notes_of_pictures(items, root) -> list:
+def notes_of_pictures(items, root, found) -> list:
     """On pictures that items name and that are not there, and on pictures that no item names.
 
-    items: rows of items.jsonl. root: the folder that their paths start in.
+    items: rows of items.jsonl. root: the folder that their paths start in. found: whether the
+    source has looked for the pictures itself; then those that it passes over belong to no item.
     """
-    named = [path for item in items for path in item["images"]]
-    paths = [path for path in named if "://" not in path]
+    paths = [path for item in items for path in item["images"] if "://" not in path]
+    notes = []
     missing = [path for path in paths if not (root / path).exists()]
     if missing:
-        return [
+        notes.append(
             f"{len(missing)} of {len(paths)} picture paths of the items are not on disk, the first "
             f"is {missing[0]}{twin_of(root / missing[0])}, in {root}"
-        ]
-    if named or not root.is_dir():
-        return []
-    found = pictures_below(root)
-    if not found:
-        return []
-    count = f"{len(found)}" if len(found) < MOST else f"{MOST} or more"
-    return [
-        f"{count} pictures in {root} are named by no item, the first is {found[0]}: give the items "
-        f"a key images, such as \"images\": [\"{found[0]}\"]"
-    ]
+        )
+    unnamed = [] if found else pictures_without(paths, root)
+    if unnamed:
+        count = f"{len(unnamed)}" if len(unnamed) < MOST else f"{MOST} or more"
+        notes.append(
+            f"{count} pictures in {root} are named by no item, the first is {unnamed[0]}: give the "
+            f"items a key images, such as \"images\": [\"{unnamed[0]}\"]"
+        )
+    return notes
 
 
 def twin_of(path) -> str:
@@ -80,12 +92,18 @@ def twin_of(path) -> str:
     return f" (but there is {min(twins)})" if twins else ""
 
 
-def pictures_below(root) -> list:
-    """Up to MOST paths of picture files below a folder, from there."""
-    found = []
-    for path in Path(root).rglob("*"):
-        if path.suffix.lower() in PICTURES:
-            found.append(str(path.relative_to(root)))
-            if len(found) == MOST:
-                break
-    return sorted(found)
+def pictures_without(paths, root) -> list:
+    """Up to MOST picture files below a folder, as paths from there, that are not among the paths
+    or in folders among them."""
+    named = {PurePosixPath(path) for path in paths}
+    unnamed = []
+    for folder, inside, names in os.walk(root):
+        inside.sort()
+        below = Path(folder).relative_to(root)
+        for name in sorted(names):
+            path = PurePosixPath((below / name).as_posix())
+            if path.suffix.lower() in PICTURES and not named & {path, *path.parents}:
+                unnamed.append(str(path))
+                if len(unnamed) == MOST:
+                    return unnamed
+    return unnamed

@@ -7,15 +7,15 @@
 Source: https://recbole.io/docs/user_guide/data/atomic_files.html
 """
 from common.files import UserError
-from common.interactions import FILES, Interactions
-from common.items import Items, notes_of_match
+from common.interactions import FILES, Interactions, has_own_table
+from common.items import Items, notes_of_match, order_of
 from common.tables import TABS, Raw, header_of
 
 from . import mmrec
 
 
 def recognises(folder) -> bool:
-    others = [*folder.glob("*.item2index"), *folder.glob("interactions.csv")]
+    others = list(folder.glob("*.item2index")) or has_own_table(folder)
     return bool(tables_in(folder)) and not others and not mmrec.recognises(folder)
 
 
@@ -32,6 +32,11 @@ def read(folder, name) -> Raw:
             )
         report[path.name] = interactions.read(path, TABS, part)
     columns = interactions.columns(path, report)
+    if len(tables) > 1 and not interactions.parted:
+        columns["notes"].append(
+            f"{', '.join(table.name for table in tables)} are put together: they are not called "
+            f"train, valid and test"
+        )
     items = Items()
     described = folder / f"{path.name.partition('.')[0]}.item"
     if described.is_file():
@@ -40,7 +45,7 @@ def read(folder, name) -> Raw:
         columns["notes"] += notes_of_match(
             items.catalog, columns["items"], described.name, path.name
         )
-    order = list(dict.fromkeys([*items.catalog, *sorted(set(columns["items"]))]))
+    order = order_of(items.catalog, columns["items"])
     root = str(folder.resolve())
     return Raw(
         catalog=items.catalog, report=report, item_order=order, image_root=root, **columns
@@ -58,7 +63,8 @@ def tables_of(folder) -> dict:
     whole = folder / f"{stems[0]}.inter"
     if whole in paths:
         return {whole: None}
-    return {path: FILES.get(path.name.split(".")[-2]) for path in paths}
+    parts = {path: FILES.get(path.name.split(".")[-2]) for path in paths}
+    return dict(sorted(parts.items(), key=lambda row: (row[1] is None, row[1])))
 
 
 def tables_in(folder) -> list:

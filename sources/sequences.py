@@ -3,12 +3,14 @@
 user item item item ...    a line for each user, the oldest item first
 user item                  a line for each interaction, in their order
 
-<D>.txt is read; what is known of the items may lie beside it as items.jsonl or items.csv. There are
-no times. Sources: github.com/kang205/SASRec, github.com/RUCAIBox/CIKM2020-S3Rec.
+<D>.txt is read, or train.txt, valid.txt and test.txt; what is known of the items may lie beside it
+as items.jsonl or items.csv. There are no times. Sources: github.com/kang205/SASRec,
+github.com/RUCAIBox/CIKM2020-S3Rec
 """
 from common.files import UserError
-from common.items import Items, notes_of_match
-from common.tables import Raw, count_lines, first_lines, text_lines
+from common.interactions import FILES, has_own_table
+from common.items import Items, notes_of_match, order_of
+from common.tables import Raw, each_object, first_lines
 
 ENOUGH = 200                            # lines that say how a file is written,
 MOST = .9                               # and how many of them must be written so
@@ -17,40 +19,43 @@ NEGATIVES = ("_sample", "_neg", "_negative")    # ends of names of items that we
 
 
 def recognises(folder) -> bool:
-    return folder.is_dir() and not (folder / "interactions.csv").exists() and bool(files(folder))
+    return folder.is_dir() and not has_own_table(folder) and len(files(folder)) > 0
 
 
 def read(folder, name) -> Raw:
     """Raises UserError for several data sets in one folder, or more than 1 % unusable lines."""
     paths = files(folder)
-    if len(paths) > 1:
+    parts = [FILES.get(path.stem) for path in paths]
+    if len(paths) > 1 and None in parts:
         raise UserError(
             f"{folder} holds several data sets ({', '.join(path.stem for path in paths)}): make "
             f"one folder for each"
         )
-    path, = paths
-    users, items = [], []
+    report = {}
+    users, items, of_parts = [], [], []
+    keys = {}    # one string per key, however many lines
 
     def take(numbers):
-        user, *sequence = numbers.split()
-        if not sequence or not all(number.isdecimal() for number in (user, *sequence)):
+        user, *sequence = numbers
+        if not sequence or not "".join(numbers).isdecimal():
             return "no_user_and_items"
-        users.extend([user] * len(sequence))
+        sequence = [keys.setdefault(item, item) for item in sequence]
+        users.extend([keys.setdefault(user, user)] * len(sequence))
         items.extend(sequence)
 
-    rows = ((number, text, text) for number, text in text_lines(path))
-    report = {path.name: count_lines(path, rows, take)}
+    for path, part in sorted(zip(paths, parts), key=lambda row: row[1] or 0):
+        report[path.name] = each_object(path, take, parse=str.split)
+        of_parts += [part] * (len(items) - len(of_parts))
     catalog = Items()
     notes = catalog.read_beside(folder, report)
     notes += notes_of_match(catalog.catalog, items, catalog.file, path.name)
-    keys = {*items, *catalog.catalog}
-    order = sorted(keys, key=lambda key: (key.zfill(20), key))    # 2 before 10
     return Raw(
         users, items, list(range(len(users))), catalog.catalog,
         report=report,
         notes=notes,
+        parts=None if None in parts else of_parts,
         clock="order",
-        item_order=order,
+        item_order=order_of(catalog.catalog, items),
         image_root=str(folder.resolve()),
     )
 
@@ -64,7 +69,7 @@ def files(folder) -> list:
 
 
 def has_sequences(path) -> bool:
-    """Whether most of the first lines are a user and items, all numbers, and no times."""
+    """Whether most of the first lines are a user and items, all numbers; no ratings, no times."""
     try:
         rows = [text.split() for _, text in first_lines(path, ENOUGH)]
     except (UserError, OSError):
@@ -72,4 +77,6 @@ def has_sequences(path) -> bool:
     numbers = [row for row in rows if len(row) > 1 and "".join(row).isdecimal()]
     if not rows or len(numbers) < MOST * len(rows):
         return False
-    return not all(int(row[-1]) > TIME for row in numbers)
+    rated = all(len(row) == 3 for row in numbers)
+    timed = all(int(row[-1]) > TIME for row in numbers)
+    return not (rated or timed)

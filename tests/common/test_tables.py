@@ -87,7 +87,7 @@ def test_a_table_is_plain_or_else_compressed(tmp_path):
 
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
 def test_columns_are_found_by_name(tmp_path, name):
-    text = '\ufeff More , B,a\r\n\r\n1,"x, ""y""\r\nz",3\r\n4,5,6,7\r\n'
+    text = '\ufeff More , B,a\r\n\r\n1,"x, ""y""\r\nz",3\r\n4,5,6,\r\n'
     path = write(tmp_path / name, text)
     rows, counts = rows_of(path, "a", "b", optional=("more", "missing"))
     assert rows == [("3", 'x, "y"\r\nz', "1", ""), ("6", "5", "4", "")]
@@ -95,11 +95,22 @@ def test_columns_are_found_by_name(tmp_path, name):
     assert header_of(path) == ["more", "b", "a"]
 
 
-def test_a_short_line_is_bad_and_is_not_handed_on(tmp_path):
-    path = write(tmp_path / "t.csv", "a,b,c\n" + "1,2,3\n" * 99 + "1,2\n")
+@pytest.mark.parametrize("line, defect", [
+    ("1,2", "columns_missing"), ("1,2,3,4", "more_columns_than_the_header"),
+])
+def test_a_line_of_another_width_is_bad_and_is_not_handed_on(tmp_path, line, defect):
+    path = write(tmp_path / "t.csv", "a,b,c\n" + "1,2,3\n" * 99 + line)
     rows, counts = rows_of(path, "a", "b")
     assert rows == [("1", "2")] * 99
-    assert counts == {"lines": 100, "bad_lines": {"columns_missing": 1}, "first_bad_line": 101}
+    assert counts == {"lines": 100, "bad_lines": {defect: 1}, "first_bad_line": 101}
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = write(tmp_path / "t.csv", "a,A,c,c\n1,2,3,4\n")
+    with pytest.raises(UserError, match="t.csv has two columns a: give one of them another name"):
+        rows_of(path, "a")
+    with pytest.raises(UserError, match="two columns c"):
+        each_row(path, (), print, ("c", "missing"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])

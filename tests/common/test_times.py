@@ -21,6 +21,7 @@ def seconds_of(*texts):
     "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d %H:%M:%S UTC", "%Y-%m-%d %H:%M:%S GMT",
     "%Y/%m/%d %H:%M:%S", "%Y.%m.%d %H:%M:%S", "%d.%m.%Y %H:%M:%S", "%d/%m/%Y %H:%M:%S",
     "%m/%d/%Y %I:%M:%S %p", "%d-%m-%Y %H:%M:%S", "%d %b %Y %H:%M:%S", "%d-%b-%Y %H:%M:%S",
+    "%d. %B %Y %H:%M:%S",
     "%B %d, %Y %I:%M:%S %p", "%b %d, %Y, %H:%M:%S", "%a, %d %b %Y %H:%M:%S GMT",
     "%Y-%m-%d %H:%M:%S.000", "%Y-%m-%d %H:%M:%S,000", "%Y%m%d%H%M%S", " %Y-%m-%d %H:%M:%S ",
 ])
@@ -42,6 +43,14 @@ def test_dates_are_days(form):
 ])
 def test_zones(text, hours):
     assert seconds_of(text)[0] == [WHEN.timestamp() + hours * 3600]
+
+
+@pytest.mark.parametrize("half, hour", [
+    ("12:00 AM", 0), ("1:00 AM", 1), ("12:00 PM", 12), ("1:00 p.m.", 13), ("11:59pm", 23),
+])
+def test_halves_of_the_day(half, hour):
+    values, _ = seconds_of(f"July 14, 2017 {half}")
+    assert datetime.fromtimestamp(values[0], timezone.utc).hour == hour
 
 
 @pytest.mark.parametrize("texts, month", [
@@ -67,7 +76,8 @@ def test_dates_that_can_be_read_in_two_ways_or_in_none_are_one_sentence(texts):
 
 @pytest.mark.parametrize("text", [
     "", "yesterday", "2017-02-30", "2017/13/01", "14.07.17", "2017-07-14 25:00", "14 Foo 2017",
-    "2017/07/14 13:00 PM", "1969-07-20", "-4", "nan", "inf", "2017-07-14 02:40:00 CET",
+    "2017/07/14 13:00 PM", "1969-07-20",
+    "9999-12-31", "-4", "nan", "inf", "2017-07-14 02:40:00 CET",
 ])
 def test_what_is_no_time(text):
     assert not Times().add(text)
@@ -76,5 +86,7 @@ def test_what_is_no_time(text):
 def test_numbers_are_dates_only_if_all_of_them_are():
     assert seconds_of("20170714", "20170715")[1] == "day"
     assert seconds_of("20170714", "20171399")[0] == [20170714, 20171399]
+    assert seconds_of("20170714", "20170714.5")[0] == [20170714, 20170714.5]
+    assert seconds_of("201707140240") == ([WHEN.timestamp() - 5], "seconds")
     assert seconds_of("1500000000", "1500000001")[1] == "seconds"
     assert seconds_of("1", "2", "3")[1] == "order"

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.files import UserError
-from common.vectors import is_vectors, read_vectors
+from common.vectors import digest_of, is_vectors, read_vectors
 
 KEYS = ["7", "12", "3", "40"]
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3) + .5
@@ -55,10 +55,17 @@ def two_fields(folder):
     in_order, one_tensor, tensors_by_key, column_of_ids, ids_beside, two_fields,
 ])
 def test_five_forms_of_the_same_vectors(tmp_path, form):
-    rows, notes = read_vectors(form(tmp_path), KEYS)
+    path = form(tmp_path)
+    rows, notes = read_vectors(path, KEYS)
     np.testing.assert_array_equal(rows, ROWS)
     assert rows.dtype == np.float32
-    assert notes == []
+    if form in (in_order, one_tensor):
+        assert notes == [f"the rows of {path.name} are taken in the order of items.jsonl, the "
+                         f"first is 7's"]
+    elif form == column_of_ids:
+        assert notes == ["the first column of v.npy is taken for the items' ids"]
+    else:
+        assert notes == []
 
 
 def test_a_first_column_that_is_no_list_of_ids_is_a_feature(tmp_path):
@@ -66,7 +73,34 @@ def test_a_first_column_that_is_no_list_of_ids_is_a_feature(tmp_path):
     whole[:, 0] = [7, 7, 3, 40]    # twice the same
     assert read_vectors(npy(tmp_path, whole), KEYS)[0].shape == (4, 3)
     whole[:, 0] = [1, 2, 4, 5]     # of no item
-    assert read_vectors(npy(tmp_path, whole), KEYS)[0].shape == (4, 3)
+    rows, notes = read_vectors(npy(tmp_path, whole), KEYS)
+    assert rows.shape == (4, 3)
+    assert notes[0].endswith("has whole numbers that are no items' ids, and is taken for a feature")
+
+
+def test_an_id_that_stands_twice_in_the_column_is_refused(tmp_path):
+    keys = [str(number) for number in range(20)]
+    ids = np.array([0., *range(19)])
+    with pytest.raises(UserError, match="20 rows and 19 different ids"):
+        read_vectors(npy(tmp_path, np.column_stack([ids, ids + .5])), keys)
+
+
+def test_ids_that_lost_their_zeros_are_known_and_those_that_lost_digits_are_refused(tmp_path):
+    keys = ["0108775015", "0108775044"]
+    rows = np.array([[108775044, .5], [108775015, 1.5]])
+    found, _ = read_vectors(npy(tmp_path, rows), keys)
+    np.testing.assert_array_equal(found, [[1.5], [.5]])
+    with pytest.raises(UserError, match="float32 cannot hold: save it as float64"):
+        read_vectors(npy(tmp_path, rows.astype(np.float32)), keys)
+
+
+def test_what_fixes_the_vectors_is_the_file_and_the_ids_beside_it(tmp_path):
+    path = npy(tmp_path, ROWS)
+    alone = digest_of(path)
+    (tmp_path / "v.ids.txt").write_text("7\n12\n3\n40\n")
+    beside = digest_of(path)
+    (tmp_path / "v.ids.txt").write_text("12\n7\n3\n40\n")
+    assert len({alone, beside, digest_of(path)}) == 3
 
 
 def test_items_without_a_row_have_zeros_and_strange_rows_are_said(tmp_path):
@@ -98,6 +132,7 @@ class Evil:
     (np.where(ROWS == 4.5, np.nan, ROWS), "row 1 .counted from 0. has a number that is not finite"),
     (np.where(ROWS == 4.5, np.inf, ROWS), "not finite"),
     (ROWS.astype(str), "a row of numbers"),
+    (np.where(ROWS == 4.5, 1e300, ROWS.astype(float)), "row 1 .* not finite"),
     (np.array([Evil()], object), "cannot be read as an array of numbers"),
 ])
 def test_what_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, rows, sentence):
@@ -135,7 +170,10 @@ def test_damaged_and_missing_files(tmp_path):
             read_vectors(tmp_path / name, KEYS)
 
 
-def test_which_names_are_files():
+def test_which_names_are_files(tmp_path):
     assert is_vectors("shop/v.npy") and is_vectors("v.safetensors")
+    assert is_vectors("C:\\shop\\v.npy") and is_vectors("/a/run:1/v.npy")
+    (tmp_path / "run:1.npy").touch()
+    assert is_vectors(tmp_path / "run:1.npy")
     assert not is_vectors("ViT-B-32:weights.safetensors") and not is_vectors("org/model")
     assert not is_vectors(None)

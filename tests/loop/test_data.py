@@ -120,6 +120,7 @@ def bounds_of(dataset):
 @pytest.mark.parametrize("cut, bounds", [
     ("2022-09-11,2022-09-15", (9, 11, 15)),
     ("2022-09-11 12:00,2022-09-15", (11, 13, 15)),
+    ("11.09.2022,20220915", (9, 11, 15)),
     (".5,.75", (9, 11, 17)),
     ("2022-09-19", (15, 17, 19)),    # validation: the last ninth of what lies before, 2 days of 18
     (None, (15, 17, 19)),
@@ -135,7 +136,11 @@ def test_the_cuts_can_be_chosen(tmp_path, cut, bounds):
     ("soon", "temporal", "--cut soon is not understood: give one or two dates"),
     ("2022-09-11,", "temporal", "is not understood"),
     ("1,2,3", "temporal", "is not understood"),
-    ("2022-09-15,2022-09-11", "temporal", "between 2022-09-01 and 2022-09-20"),
+    ("2022-09-15,2022-09-11", "temporal", "must name the earlier cut first"),
+    (".9,.8", "temporal", "must name the earlier cut first"),
+    ("2023-01-01,2023-02-01", "temporal", "between 2022-09-01 and 2022-09-20"),
+    ("1", "temporal", "is not understood"),
+    ("01/02/2022", "temporal", "whether the day or the month stands first"),
     ("2023-01-01", "temporal", "leaves nothing to train on, to validate or to test"),
     ("2021-01-01", "temporal", "leaves nothing"),
     ("2022-09-15", "leave_one_out", "--cut 2022-09-15 belongs to --split temporal"),
@@ -192,8 +197,16 @@ def test_a_given_split_is_mentioned_where_it_is_not_used(tmp_path):
 
 
 def test_data_in_one_piece_have_no_split_of_their_own(shop, tmp_path):
-    with pytest.raises(UserError, match="came in one piece.*give train.csv, valid.csv and test"):
+    pattern = "came in one piece .interactions.csv, items.jsonl.*give train.csv, valid.csv and test"
+    with pytest.raises(UserError, match=pattern):
         data.load(shop, root=tmp_path / "data", split="files")
+
+
+def test_a_split_without_a_part_is_named(tmp_path):
+    folder = write_parts(tmp_path / "own")
+    (folder / "valid.csv").unlink()
+    with pytest.raises(UserError, match="came without valid, and --split files needs train, valid"):
+        data.load(folder, root=tmp_path / "data", split="files")
 
 
 def test_without_a_split_everything_is_trained_on(shop, tmp_path):

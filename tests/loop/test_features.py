@@ -316,6 +316,14 @@ def test_default_encoders(dataset):
 
 # ---------------- pictures by address
 
+def test_what_is_said_to_be_there_stays_when_pictures_are_fetched(dataset):
+    assert dataset.has["text"].tolist() == [False, True, True, False, True]
+    dataset.set_has("text", np.array([False, False, False, True, False]))
+    dataset.__dict__.pop("has", None)    # as after fetching
+    assert dataset.has["text"].tolist() == [False, False, False, True, False]
+    assert dataset.has["image"].any()
+
+
 @pytest.fixture
 def addresses(server, shop):
     """The shop's first item has three pictures on the server: a good one, none, and a page."""

@@ -14,6 +14,7 @@ import train
 from common.files import UserError, alone_in, load_tensors
 from extract_features import features
 from helpers import ROOT, refused, run, write_shop
+from loop.runs import open_run
 
 CONTENT = ("--text", "hash", "--image", "pixels")
 SMALL = (*CONTENT, "--dim", 16, "--epochs", 4, "--batch_size", 16)
@@ -414,9 +415,10 @@ def test_gradients_are_clipped_at_the_models_own_setting(shop, tmp_path, monkeyp
 
 def test_without_a_split_all_epochs_are_trained_and_nothing_is_tested(shop, tmp_path):
     flags = (*SASREC, *SMALL, "--split", "none")
-    done = run("train.py", *flags, "--patience", 1, cwd=tmp_path)
+    done = run("train.py", *flags, "--patience", 1, "--valid_every", 9, cwd=tmp_path)
     assert "4 epochs on everything, nothing is tested" in done.stdout
-    assert "note: --patience not used: under --split none no epoch is selected" in done.stdout
+    note = "note: --patience and --valid_every not used: under --split none no epoch is selected"
+    assert note in done.stdout
     folder = tmp_path / "runs" / "sasrec-shop-0"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "log.jsonl", "model.safetensors", "state.safetensors", "metrics.json",
@@ -432,7 +434,7 @@ def test_without_a_split_all_epochs_are_trained_and_nothing_is_tested(shop, tmp_
     refused(run("evaluate.py", folder, cwd=tmp_path, ok=False), "was trained on everything")
     # killed after the last epoch, and resumed with more
     (folder / "metrics.json").unlink()
-    more = (*SASREC, *SMALL, "--split", "none", "--patience", 1, "--epochs", 5, "--resume")
+    more = (*flags, "--patience", 1, "--valid_every", 9, "--epochs", 5, "--resume")
     run("train.py", *more, cwd=tmp_path)
     assert len(log_of(folder)) == 5
     whole = run("train.py", *more[:-1], "--out", "whole", cwd=tmp_path)
@@ -455,6 +457,12 @@ def test_another_cut_is_another_run(shop, tmp_path):
     run("train.py", *SASREC, *SMALL, *days, cwd=tmp_path)
     folder = tmp_path / "runs" / "sasrec-shop-0"
     assert rows_of(run("evaluate.py", folder, cwd=tmp_path).stdout)
+    with (folder / "config.json").open() as file:
+        dataset = open_run(folder, "cpu")[1]
+        assert dataset.cut == json.load(file)["cut"] == days[-1]
+    run("train.py", *SASREC, *SMALL, "--split", "temporal", "--out", "plain", cwd=tmp_path)
+    both = ("runs/sasrec-shop-0", "plain/sasrec-shop-0")
+    refused(run("evaluate.py", *both, cwd=tmp_path, ok=False), "different data or splits")
     other = ("--split", "temporal", "--cut", ".8,.9", "--resume")
     done = run("train.py", *SASREC, *SMALL, *other, cwd=tmp_path, ok=False)
     refused(done, "other settings (cut)")
@@ -502,10 +510,16 @@ def test_a_picture_path_that_is_nearly_right(shop, tmp_path):
     assert "the first is img/a.png (but there is A.PNG)" in note
 
 
-def test_pictures_that_no_item_names(shop, tmp_path):
-    (shop / "img").mkdir()
+@pytest.mark.parametrize("named", [[], ["img/c.jpg", "img/film"]])
+def test_pictures_that_no_item_names(shop, tmp_path, named):
+    (shop / "img" / "film").mkdir(parents=True)
     for name in ("b.jpg", "a.jpg"):
         (shop / "img" / name).write_bytes(b"x")
+    if named:
+        for name in ("c.jpg", "film/1.jpg"):    # a film is one picture
+            (shop / "img" / name).write_bytes(b"x")
+        item = {"item": "i1", "images": named}
+        (shop / "items.jsonl").write_text(json.dumps(item) + "\n")
     assert (
         f"note: 2 pictures in {shop} are named by no item, the first is img/a.jpg: give the items "
         f'a key images, such as "images": ["img/a.jpg"]'
@@ -549,7 +563,9 @@ def test_own_vectors_from_the_command_to_the_evaluation(shop, tmp_path):
     for key, row in zip(keys, rows):    # in the order of the user's own items.jsonl
         np.testing.assert_array_equal(image[place[key]], row.astype(np.float32))
     before = rows_of(done.stdout)
-    assert rows_of(run("evaluate.py", folder, cwd=tmp_path).stdout) == before
+    (tmp_path / "elsewhere").mkdir()
+    again = run("evaluate.py", folder, cwd=tmp_path / "elsewhere").stdout
+    assert rows_of(again) == before
     # changed vectors are noticed, and those of the run kept
     np.save(tmp_path / "v.npy", rows + 1)
     again = run("train.py", "--model", "mdsrec", "--data", "shop", *SMALL, "--image", "v.npy",
@@ -557,6 +573,23 @@ def test_own_vectors_from_the_command_to_the_evaluation(shop, tmp_path):
     assert "have changed" in again.stdout
     (tmp_path / "v.npy").unlink()
     assert rows_of(run("evaluate.py", folder, cwd=tmp_path).stdout) == rows_of(again.stdout)
+
+
+def test_features_that_came_with_the_data_and_are_not_used_are_said(tmp_path, real):
+    flags = ("--model", "cosine", "--data", real("scientific-mm"))
+    assert "are not used" not in run("train.py", *flags, cwd=tmp_path).stdout
+    done = run("train.py", *flags, "--text", "hash", cwd=tmp_path)
+    assert (
+        "note: the text features that came with the data are not used: leave --text out for them"
+    ) in done.stdout
+
+
+@pytest.mark.parametrize("name", ["v.npz", "v.csv", "v.pkl"])
+def test_files_of_other_kinds_are_no_vectors(shop, tmp_path, name):
+    (tmp_path / name).write_text("1,2")
+    done = run("train.py", "--model", "mdsrec", "--data", "shop", *SMALL, "--text", name,
+               cwd=tmp_path, ok=False)
+    refused(done, f"{name} is no file of vectors: save them with numpy.save, as .npy, or as")
 
 
 @pytest.mark.parametrize("rows, sentence", [

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import data
-from common.files import UserError
+from common.files import UserError, read_json
 from sources import amazon_ratings, prepare
 
 P = ["B000000001", "0000000002", "B000000003"]
@@ -40,6 +40,7 @@ def test_last_out_splits_are_kept(tmp_path):
         )
     dataset = data.load(folder, root=tmp_path / "data", split="files")
     keys = [item["key"] for item in dataset.items]
+    assert dataset.flat.tolist() == [keys.index(item) for item in P]
     assert keys[dataset.flat[dataset.targets["valid"][0]]] == P[1]
     assert keys[dataset.flat[dataset.targets["test"][0]]] == P[2]
 
@@ -50,6 +51,17 @@ def test_last_out_splits_are_kept(tmp_path):
 def test_other_tables_are_not_taken_for_ratings(tmp_path, line):
     (tmp_path / "Tea.csv").write_text(f"{line}\n")
     assert not amazon_ratings.recognises(tmp_path)
+
+
+def test_somebodys_own_tables_stay_his(tmp_path):
+    line = f"user_id,parent_asin,rating,timestamp\n{U},{P[0]},5.0,{T}000\n"
+    for names in (["interactions.csv"], ["train.csv", "valid.csv", "test.csv"]):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(line)
+        assert not amazon_ratings.recognises(folder)
+        assert read_json(prepare(folder, tmp_path / "d") / "source.json")["source"] == "folder"
 
 
 def test_several_categories_are_refused(tmp_path):

@@ -97,7 +97,7 @@ def test_order_inside_a_second_is_kept(tmp_path, histories):
 
 
 @pytest.mark.parametrize("defect, lines", [
-    ("no_user_or_item", ["u1,,5", " ,i1,5", "u1, ,5"]),
+    ("no_user_or_item", ["u1,,5", " ,i1,5", "NULL,i1,5", "u1,nan,5", "None,i,5"]),
     ("time_not_understood", ["u1,i1,yesterday", "u1,i1,-4", "u1,i1,", "u1,i1,nan", "u1,i1,inf"]),
     ("columns_missing", ["u1", "u1,i1"]),
 ], ids=["no_user_or_item", "time_not_understood", "columns_missing"])
@@ -113,6 +113,7 @@ def test_bad_lines_are_skipped_and_counted(tmp_path, defect, lines):
 
 @pytest.mark.parametrize("content, sentence", [
     ("", "columns user, item, but user, item is not there"),
+    ("Kunde;Artikel\n1;2\n", "it begins with kunde, artikel.: write a header such as user,item"),
     ("a,item,c\n1,2,3\n", "but user is not there"),
     ("user,item,time\n", "no interactions"),
     ("user,item,time\nu,i,1\nu,i,9999999999999999\n", "one unit"),
@@ -120,7 +121,7 @@ def test_bad_lines_are_skipped_and_counted(tmp_path, defect, lines):
     # else the quote swallows what follows
     ('user,item,time\nu,i,1\nu,"i,2\nu,j,3\n', "line 4 is not CSV"),
     ("x" * 200_000, "line 1 is not CSV"),
-], ids=["empty", "no user", "no line", "one time too large", "two units", "open quote", "no table"])
+], ids=["empty", "German", "no user", "no line", "one time too large", "two units", "open quote", "no table"])
 def test_files_that_cannot_be_used_are_one_sentence(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence):
         prepare(write(tmp_path / "own", content), root=tmp_path / "data")
@@ -171,6 +172,7 @@ def test_pictures_outside_the_folder_are_refused(tmp_path):
     ("interactions.csv", "User ID;Product-ID;Event Time\nu;a;1500000000\nu;b;1500000001\n"),
     ("interactions.csv", "user\titem\ttime\nu\ta\t1500000000\nu\tb\t1500000001\n"),
     ("interactions.tsv", "uid\tasin\tdate\nu\ta\t2017-07-14T02:40:00\nu\tb\t1500000001\n"),
+    ("interactions.csv", "sep=;\nuser;item;time\nu;a;1500000000\nu;b;1500000001\n"),
     ("interactions.csv", "visitorid|movieId|ts\nu|a|1500000000\nu|b|1500000001\n"),
     ("interactions.csv", '"user","item","time"\n"u","a","1500000000"\nu,b,1500000001\n'),
     ("interactions.csv.gz", "user,item,time\nu,a,1500000000\nu,b,1500000001\n"),
@@ -205,12 +207,12 @@ def test_utf_16_is_named(tmp_path):
 
 
 def test_a_time_that_is_not_understood_is_shown_with_a_form_that_would_do(tmp_path):
-    path = write(tmp_path / "own", "user,item,time\nu,a,14. Juli 2017\nu,b,15. Juli 2017\n")
+    path = write(tmp_path / "own", "user,item,time\nu,a,14 Juillet 2017\nu,b,15 Juillet 2017\n")
     with pytest.raises(UserError) as error:
         folder.read(path, None)
     assert str(error.value) == (
         f"{path / 'interactions.csv'}: 2 of 2 lines cannot be used (time not understood 2), the "
-        f"first is line 2 (u, a, 14. Juli 2017): write times as seconds since 1970 or as "
+        f"first is line 2 (u, a, 14 Juillet 2017): write times as seconds since 1970 or as "
         f"2017-07-14 12:30:00"
     )
 
@@ -255,9 +257,12 @@ def test_usual_keys_of_catalogs(tmp_path):
         "product_id": 1, "Name": "Mug", "description": "Holds 0.3 l.", "features": ["Blue."],
         "categories": [["Kitchen", "Mugs"]], "brand": "Acme", "lang": "en",
         "image": "p/1.jpg", "image_url": "https://e.org/1.jpg", "price": 3, "rank": 9,
-    }, {"product_id": 2, "price": 4}]), None)
+        "sku": "other key", "product_name": "other title",
+    }, {"product_id": 2, "price": 4, "title": "", "name": "Pot", "rank": None}]), None)
     assert raw.catalog["1"] == ITEM
-    assert "items.jsonl: keys not read: price (2), rank (1)" in raw.notes
+    assert raw.catalog["2"]["title"] == "Pot"
+    note = "items.jsonl: keys not read: price (2), rank (1), sku (1), product_name (1)"
+    assert note in raw.notes
 
 
 @pytest.mark.parametrize("name, separator", [
@@ -283,7 +288,7 @@ def test_a_catalog_as_a_table(tmp_path, name, separator):
     raw = folder.read(tmp_path / "own", None)
     assert raw.catalog["1"] == ITEM
     assert raw.catalog["2"] == {"title": "", "text": [], "language": "", "images": []}
-    assert f"{name}: keys not read: price (2)" in raw.notes
+    assert f"{name}: keys not read: price (1)" in raw.notes
 
 
 @pytest.mark.parametrize("other", ["items.json", "products.csv", "items.csv", "items.parquet"])
@@ -297,7 +302,7 @@ def test_files_that_are_not_read_are_named(tmp_path, other):
 
 @pytest.mark.parametrize("bought, described, shown", [
     ("12.0", "12", "12 against 12.0"), ("0000000012", "12", "12 against 0000000012"),
-    ("A7", "a7", "a7 against A7"), ("x", "y", "y against x"),
+    ("A7", "a7", "a7 against A7"), ("x", "y", "y against x"), ("b", "0", "0 against b"),
 ])
 def test_ids_that_are_written_differently(tmp_path, bought, described, shown):
     text = f"user,item,time\nu,{bought},1\n"
@@ -308,14 +313,23 @@ def test_ids_that_are_written_differently(tmp_path, bought, described, shown):
     ) in raw.notes
 
 
+def test_some_ids_that_are_written_differently(tmp_path):
+    text = "user,item,time\nu,SKU-1,1\nu,0012,2\nu,a,3\n"
+    items = [{"item": item} for item in ("sku-1", "12", "a")]
+    raw = folder.read(write(tmp_path / "own", text, items), None)
+    assert (
+        "2 items seem to be written differently in items.jsonl and in interactions.csv (sku-1 "
+        "against SKU-1), and count as two"
+    ) in raw.notes
+
+
 def test_items_that_only_one_file_has_are_counted(tmp_path):
     raw = folder.read(write(
         tmp_path / "own", "user,item,time\nu,a,1\nu,b,2\nu,c,3\n",
         [{"item": "a"}, {"item": "d"}, {"item": "e"}],
     ), None)
     assert raw.notes[-2:] == [
-        "2 of 3 items of items.jsonl do not occur in interactions.csv, the first is d: they are "
-        "ranked like all others",
+        "2 of 3 items of items.jsonl do not occur in interactions.csv, the first is d",
         "2 of 3 items of interactions.csv are not in items.jsonl, the first is b",
     ]
 

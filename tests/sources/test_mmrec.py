@@ -54,6 +54,8 @@ def damage(folder, kind):
         np.save(folder / "text_feat.npy", np.full((4, 3), np.nan))
     elif kind == "lengths":
         np.save(folder / "text_feat.npy", np.ones((5, 3)))
+    elif kind == "twice":
+        (folder / "i_id_mapping.csv").write_text("asin\titemID\nB0\t0\nB0\t1\n")
     elif kind == "objects":
         np.save(folder / "text_feat.npy", np.array([{}], object))
     else:
@@ -66,6 +68,7 @@ def damage(folder, kind):
     ("lengths", "different numbers of rows"),
     ("objects", "cannot be read as an array of numbers"),
     ("names", "has an item B2"),
+    ("twice", "gives one asin to several itemIDs"),
 ])
 def test_what_does_not_fit_is_one_sentence(folder, tmp_path, kind, sentence):
     damage(folder, kind)

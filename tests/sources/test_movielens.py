@@ -7,7 +7,7 @@ FLAGS = "|".join("1" if n in (5, 14) else "0" for n in range(19))    # Comedy, R
 EDITIONS = {
     "100k": {
         "u.data": "1\t2\t3\t881250949\n1\t1\t5\t881250950\n",
-        "u.item": f"1|Amélie (2001)|01-Jan-2001||http://e.org|{FLAGS}\n2|Plain|||{'|0' * 20}\n",
+        "u.item": f"1|Amélie (2001)|01-Jan-2001||http://e.org|{FLAGS}\n2|Plain||||1{'|0' * 18}\n",
         "u.info": "1 users\n",
     },
     "1m": {
@@ -40,5 +40,6 @@ def test_three_editions(tmp_path, edition, encoding):
         "2": {"title": "Plain", "text": [], "language": "en", "images": []},
     }
     assert raw.clock == "seconds"
+    assert raw.item_order == ["1", "2"]
     ratings = next(iter(EDITIONS[edition]))
     assert raw.notes == [f"{ratings}: columns not read: rating"]

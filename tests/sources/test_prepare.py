@@ -461,3 +461,23 @@ def test_a_file_dropped_into_sources_is_on_the_command_line(tmp_path):
     assert "1 users         3 items          3 interactions   read" in run(folder)
     assert read_json(tmp_path / "data" / "shop" / "source.json")["source"] == "mine"
     assert f"data/shop {USED}" in run(folder)
+
+
+# ---------------- what is not used
+
+def test_lines_that_are_passed_over_are_said(root, tmp_path):
+    lines = [f"u{i % 9},i{i % 7},{1_500_000_000 + i}" for i in range(300)]
+    folder = write(tmp_path / "own", *lines, "u1,,5", "u1,i1,yesterday")
+    assert read_json(prepare(folder, root) / "source.json")["notes"] == [
+        "interactions.csv: 2 of 302 lines are not used (no user or item 1, time not understood 1), "
+        "the first is line 302"
+    ]
+
+
+@pytest.mark.parametrize("order, described", [
+    (["a", "b", "c"], 2), (["a", "c", "b"], 0), (["c", "a", "b"], 0),
+])
+def test_whether_the_catalog_comes_first(tmp_path, order, described):
+    raw = raw_of(("u", "a", 1), ("u", "c", 2), catalog={"a": {}, "b": {}}, item_order=order)
+    sources.build(raw, tmp_path / "out", {"name": "x"})
+    assert read_json(tmp_path / "out" / "source.json")["described"] == described

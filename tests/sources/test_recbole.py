@@ -28,7 +28,7 @@ def test_interactions_and_items(tmp_path):
     assert raw.item_order == ["b", "a"]
     assert raw.catalog["b"]["title"] == 'The "Mug'
     assert raw.catalog["b"]["text"] == ["Drama Crime"]
-    assert raw.notes == ["x.inter: columns not read: rating", "x.item: keys not read: year (2)"]
+    assert raw.notes == ["x.inter: columns not read: rating", "x.item: keys not read: year (1)"]
 
 
 def test_split_files(tmp_path):
@@ -40,7 +40,27 @@ def test_split_files(tmp_path):
     assert dict(zip(raw.items, raw.parts)) == {"train": 0, "valid": 1, "test": 2}
 
 
+def test_split_files_without_times_are_in_their_order(tmp_path, histories):
+    head = "user_id:token\titem_id:token\n"
+    folder = write(tmp_path / "x", **{
+        f"x_{part}_inter": f"{head}u\t{part}\n" for part in ("test", "train", "valid")
+    })
+    assert histories(prepare(folder, tmp_path / "data")) == {"u": ["train", "valid", "test"]}
+
+
+def test_parts_of_other_names_are_put_together(tmp_path):
+    folder = write(tmp_path / "x", x_part1_inter=f"{HEAD}u\ta\t5\t9\n",
+                   x_part2_inter=f"{HEAD}u\tb\t5\t8\n")
+    raw = recbole.read(folder, None)
+    assert raw.items == ["a", "b"]
+    assert raw.parts is None
+    assert raw.notes[-1] == (
+        "x.part1.inter, x.part2.inter are put together: they are not called train, valid and test"
+    )
+
+
 @pytest.mark.parametrize("files, sentence", [
+    ({"x_train_inter": HEAD, "x_extra_inter": HEAD}, "must all have a part: train, valid or test"),
     ({"x_inter": "user_id:token\titem_id_list:token_seq\titem_id:token\nu\ta b\tc\n"},
      "a row for each prefix of a history"),
     ({"x_inter": HEAD, "y_inter": HEAD}, "several data sets .x, y."),

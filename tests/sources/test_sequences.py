@@ -36,7 +36,7 @@ def test_titles_may_lie_beside_it(tmp_path):
     (folder / "items.csv").write_text("item,title\n1,Tea\n2,Cup\n9,Pot\n")
     raw = sequences.read(folder, None)
     assert raw.catalog["2"]["title"] == "Cup"
-    assert raw.item_order == ["1", "2", "3", "9"]
+    assert raw.item_order == ["1", "2", "9", "3"]    # the catalog first
     assert len(raw.notes) == 2
 
 
@@ -46,12 +46,22 @@ def test_titles_may_lie_beside_it(tmp_path):
     "1\n2\n",
     "1 2 5 881250949\n1 3 4 881250950\n",    # ratings with times
     "1 a\n2 b\n",
+    "1 10 5\n1 11 4\n2 10 3\n",             # ratings without times
 ])
 def test_other_text_files_are_not_taken_for_sequences(tmp_path, text):
     assert not sequences.recognises(write(tmp_path / "x", a=text))
 
 
+def test_train_and_test(tmp_path):
+    folder = write(tmp_path / "x", train="1 1 2 3\n2 4 5\n", test="1 4\n2 1\n")
+    raw = sequences.read(folder, None)
+    assert list(zip(raw.users, raw.items, raw.parts)) == [
+        ("1", "1", 0), ("1", "2", 0), ("1", "3", 0), ("2", "4", 0), ("2", "5", 0),
+        ("1", "4", 2), ("2", "1", 2),
+    ]
+
+
 def test_several_sets_are_refused(tmp_path):
-    folder = write(tmp_path / "x", Beauty="1 2 3\n", Toys="1 2 3\n")
+    folder = write(tmp_path / "x", Beauty="1 2 3 4\n", Toys="1 2 3 4\n")
     with pytest.raises(UserError, match="several data sets .Beauty, Toys."):
         prepare(folder, tmp_path / "data")
