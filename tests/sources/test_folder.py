@@ -121,7 +121,10 @@ def test_bad_lines_are_skipped_and_counted(tmp_path, defect, lines):
     # else the quote swallows what follows
     ('user,item,time\nu,i,1\nu,"i,2\nu,j,3\n', "line 4 is not CSV"),
     ("x" * 200_000, "line 1 is not CSV"),
-], ids=["empty", "German", "no user", "no line", "one time too large", "two units", "open quote", "no table"])
+], ids=[
+    "empty", "German", "no user", "no line", "one time too large", "two units", "open quote",
+    "no table",
+])
 def test_files_that_cannot_be_used_are_one_sentence(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence):
         prepare(write(tmp_path / "own", content), root=tmp_path / "data")
