@@ -52,7 +52,9 @@ def main():
     seeds = settings.seeds_of(args)
     device = pick_device(args.device)
     dataset = data.load_for(args)
-    cfg = settings.configure(module, args, dataset.name)
+    # all demo shops have the settings of the first
+    preset = "demo" if dataset.about["source"] == "demo" else dataset.name
+    cfg = settings.configure(module, args, preset)
     catalog = runs.build_catalog(module, dataset, args, device)
     job = Job(args, module, cfg, dataset, catalog, device)
     stages, weights = plan(job)

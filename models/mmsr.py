@@ -128,7 +128,7 @@ SMALL = dict(
     text_encoder="tiny", image_encoder="tiny", loss="in_batch", dim=64, lr=1e-3, encoder_lr=1e-3,
     batch_size=32, epochs=25, clip_norm=5.0,
 )
-PRESETS = {"demo": SMALL, "demo-b": SMALL}
+PRESETS = {"demo": SMALL}
 
 
 # ---------------- encoders and their blocks (section 3.2)

@@ -1,23 +1,27 @@
-"""A small shop, generated and drawn, whose next-purchase probabilities are known exactly.
+"""Small shops, generated and drawn, whose next-purchase probabilities are known exactly.
 
 How an item looks (colour, pattern, shape) is only in its picture; its wording (theme, make,
 language) is only in its title; its category (bag, mug, lamp, clock, cushion, pendant) is in both.
-Users buy what matches the looks and the wording of what they bought last, or follow habits. `step`
-says with which probability: the generator draws from it, and `oracle` averages it over the kinds
-of user, which it cannot see. So the shop is an instrument: no model beats the full oracle but by
-luck. The oracles that see no pictures, no titles or neither still know habits and popularity, but
-do not learn looks from what is bought together, as a model may that has item ids: for such a model
-they are no bound.
+Users buy what matches the looks and the wording of what they bought last, what they like at all
+times, or follow habits. `step` says with which probability: the generator draws from it, and
+`oracle` averages it over the kinds of users and their favourites, which it cannot see. So a shop is
+an instrument: no model beats the full oracle but by luck. Oracles that see or know less say what
+that is worth; they do not learn from what is bought together, as a model may that has item ids: for
+such a model they are no bound.
 
-What is artificial: new items arrive just before each user's last two purchases; looks and wording
-are independent, so a title restores nothing of a missing picture but the category; the oracle
-knows how popular each item really is.
+`demo` is the plain shop; `demo:tastes` and the others of WORLDS are small changes of it, each made
+for one question. `demo-b`, `demo-b:tastes` and so on are second shops: other items and users; the
+same looks, words and tastes.
 
-All randomness is `RandomState.random_sample` and own arithmetic on it, so the shop is the same
-under any numpy. `demo-b` is a second shop: other items and users; the same looks, words and
-tastes.
+What is artificial: new items arrive just before each user's last two purchases; the oracle knows
+how popular each item really is.
+
+All randomness is `RandomState.random_sample` and own arithmetic on it, so a shop is the same under
+any numpy.
 """
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,8 @@ from PIL import Image
 
 from common.files import read_json, write_json
 from common.tables import Raw
+
+from .demo_goods import describe, draw
 
 
 @dataclass(frozen=True)
@@ -41,24 +47,61 @@ class World:
     rare: float = .30          # share of the old items whose popularity is divided by 4
     no_picture: float = .05
     no_title: float = .05      # no item lacks both
+    kinds: str = "alike"       # of users: a row of KINDS
+    favourites: int = 1        # colours, and themes, that a user likes best at all times
+    lag: int = 2    # the wording of a purchase matches that of the last titled one, or, with 2, of
+                    # the last titled one before the last
+    scattered: float = 0.      # share of the items after which nearly anything is bought
+    tongues: bool = False      # what goes with what, and what sells, differs by language
+    linked: float = 0.         # share of the items whose theme goes with their colour
+    # what a missing picture or title would have shown: "nothing" is made of it; or it is "known" to
+    # the users, who see the goods; or it is "filled" in, colour for theme and theme for colour
+    hidden: str = "nothing"
 
 
-WORLDS = {world.name: world for world in (World(), World("demo-b", seed=1))}
-NAMES = tuple(WORLDS)
+QUESTIONS = {    # name: what differs from the plain shop
+    "last": dict(favourites=0, lag=1, kinds="following"),
+    "tastes": dict(favourites=2, kinds="apart"),
+    "uncertainty": dict(kinds="steady", scattered=.5),
+    "languages": dict(tongues=True, favourites=0, kinds="sharp"),
+    "missing": dict(linked=.9, hidden="known", no_picture=.3, no_title=.3),
+    "cold": dict(new=.3),
+    "few": dict(n_users=300),
+}
+SHOPS = {"demo": 0, "demo-b": 1}    # name: seed
+WORLDS = {shop: World(shop, seed) for shop, seed in SHOPS.items()} | {
+    f"{shop}:{question}": World(f"{shop}:{question}", seed, **knobs)
+    for shop, seed in SHOPS.items() for question, knobs in QUESTIONS.items()
+}
+NAMES = tuple(SHOPS)
+SHUFFLES = 4                   # orders of a history that an oracle averages over
 LATE = 2                       # new items arrive before each user's last two purchases
 ARRIVAL = 1709251200           # on 1 March 2024
 DAY = 86400
 NEW_POPULARITY = 1.5           # old items: exp(.4 x normal)
 
-KINDS = ("looks", "words", "both", "habit")    # what a user follows
-PRIOR = np.array([.25, .25, .35, .15])         # shares of the kinds
-SHARPNESS = ((1.5, .4), (.4, 1.5), (1.2, 1.2), (.8, .8))    # by kind: exponents of (look, wording)
-CHANNELS = (                                   # by kind: shares of (match, habit, any)
-    (.90, .04, .06),
-    (.90, .04, .06),
-    (.90, .04, .06),
-    (.20, .74, .06),
-)
+# kinds of users: shares; exponents of (look, wording); shares of (match, habit, any)
+KINDS = {
+    "following": (    # looks, words, both, habit
+        (.25, (1.5, .4), (.90, .04, .06)),
+        (.25, (.4, 1.5), (.90, .04, .06)),
+        (.35, (1.2, 1.2), (.90, .04, .06)),
+        (.15, (.8, .8), (.20, .74, .06)),
+    ),
+    "alike": ((1., (.7, .7), (.88, .06, .06)),),
+    "sharp": ((1., (1.4, 1.4), (.88, .06, .06)),),
+    "apart": (        # a taste for looks, a taste for words
+        (.5, (1.2, .2), (.90, .04, .06)),
+        (.5, (.2, 1.2), (.90, .04, .06)),
+    ),
+    "steady": (       # steady, scattered
+        (.5, (2., 2.), (.90, .04, .06)),
+        (.5, (.3, .3), (.90, .04, .06)),
+    ),
+}
+FAVOURITE = (.1, .02)    # how well liked the next value on the wheel and any other are
+SCATTER = .2             # factor of the exponents after a scattered item
+SHIFT = 3                # in every second language colours go with those so far on the wheel
 SUCCESSORS = np.array([.6, .4])    # habit: shares of an old item's two planted successors
 # shares of the values; how likely the next value on the wheel and any other are, if the same is 1
 ATTRIBUTES = {
@@ -77,6 +120,13 @@ VIEWS = {                                      # what an oracle sees
     "without pictures": ("text",),
     "without text": ("image",),
     "without both": (),
+}
+BLIND = {    # by question: oracles that take the shop for another one
+    "": {"blind to tastes": dict(favourites=0)},
+    "tastes": {"blind to tastes": dict(favourites=0)},
+    "uncertainty": {"blind to steadiness": dict(kinds="alike", scattered=0.)},
+    "languages": {"blind to languages": dict(tongues=False)},
+    "missing": {"filling in": dict(hidden="filled"), "filling nothing in": dict(hidden="nothing")},
 }
 
 
@@ -136,26 +186,41 @@ def make_items(world):
     second = choose(others, uniform(n + 1))
     successors = np.stack([first, second], axis=1)            # (N+1, 2)
     arrays["successors"] = successors * habitual[:, None]     # 0 = none
+
+    linked = uniform(n + 1) < world.linked
+    arrays["theme"] = np.where(linked, arrays["colour"], arrays["theme"])
+    scattered = uniform(n + 1) < world.scattered
+    arrays["steadiness"] = np.where(scattered, SCATTER, 1.)
+    sells = np.exp(2 * uniform((6, 6)) - 1)                   # by language and category
+    if world.tongues:
+        arrays["popularity"] = arrays["popularity"] * sells[arrays["language"], arrays["category"]]
+    arrays["world"] = np.array(json.dumps(asdict(world)))
     return arrays
+
+
+def world_of(arrays) -> World:
+    """The world that the arrays of `make_items` belong to."""
+    return World(**json.loads(str(arrays["world"])))
 
 
 def make_users(world, arrays):
     """What all users buy: left-padded item ids (U, longest). Also each user's kind (U,), which no
-    oracle may see."""
+    oracle may see, as it may not see the favourites."""
     n = world.n_users
     uniform = stream(world, "users")
     taste = Taste(arrays)
-    kinds = spread(uniform(n), PRIOR)
+    kinds = spread(uniform(n), taste.prior)
     stop = 1 / (1 + world.mean - world.shortest)
     extra = np.log(1 - uniform(n)) / np.log(1 - stop)         # geometric, from 0
     start = np.maximum(world.longest - world.shortest - np.floor(extra), 0)
     draws = uniform((n, world.longest))
+    liked = spread(uniform(n), np.ones(taste.liked.shape[1]))
     bought = np.zeros((n, world.longest), int)
     for t in range(world.longest):
         late = t >= world.longest - LATE
-        for kind in range(len(KINDS)):
+        for kind in range(len(taste.prior)):
             rows = np.flatnonzero((start <= t) & (kinds == kind))
-            p = step(taste, kind, bought[rows, :t], late)
+            p = step(taste, kind, bought[rows, :t], late, liked[rows])
             bought[rows, t] = choose(p, draws[rows, t])
     return bought, kinds
 
@@ -174,36 +239,101 @@ def make_times(world):
 
 class Taste:
     """What moves purchases, as far as somebody knows who sees titles ("text"), pictures ("image"),
-    both or neither."""
+    both or neither.
 
-    def __init__(self, arrays, sees=VIEWS["full"]):
+    takes_for: knobs of the world that somebody has wrong.
+    """
+
+    def __init__(self, arrays, sees=VIEWS["full"], takes_for=None):
+        world = replace(world_of(arrays), **(takes_for or {}))
+        self.lag = world.lag
+        self.prior, sharpness, self.channels = map(np.array, zip(*KINDS[world.kinds]))
         self.popularity = arrays["popularity"]
         self.new = arrays["new"]
         self.successors = arrays["successors"]
-        self.pictured = arrays["pictured"] & ("image" in sees)
-        self.titled = arrays["titled"] & ("text" in sees)
+        shown, told = arrays["pictured"], arrays["titled"]
+        if world.hidden == "known" and sees == VIEWS["full"]:
+            shown = told = np.ones(len(shown), bool)
+        self.pictured = shown & ("image" in sees)
+        self.titled = told & ("text" in sees)
         self.category = closeness(arrays, ("category",), self.pictured | self.titled, 1)
-        # by kind of user
-        self.look = [closeness(arrays, LOOK, self.pictured, a) for a, _ in SHARPNESS]
-        self.wording = [closeness(arrays, WORDING, self.titled, b) for _, b in SHARPNESS]
+        steadiness = arrays["steadiness"] if world.scattered else np.ones(len(shown))
+        turned = None
+        if world.tongues:
+            turned = np.where(self.titled, arrays["language"] % 2, -1)
+        self.look = []       # by kind of user
+        self.wording = []
+        for look, wording in sharpness:
+            self.look.append(closeness(arrays, LOOK, self.pictured, look * steadiness, turned))
+            self.wording.append(closeness(arrays, WORDING, self.titled, wording * steadiness))
+        self.liked = likings(arrays, world.favourites, self.pictured, self.titled)    # (N+1, K)
+        if world.hidden == "filled":
+            self.fill_in(arrays, world.favourites, sharpness * steadiness.mean())
+
+    def fill_in(self, arrays, favourites, sharpness):
+        """Take the theme for the colour of what has no picture, and the colour for the theme of
+        what has no title; the other attributes stay unknown."""
+        everything = np.ones(len(self.pictured), bool)
+        guessed = arrays | {
+            "colour": np.where(self.pictured, arrays["colour"], arrays["theme"]),
+            "theme": np.where(self.titled, arrays["theme"], arrays["colour"]),
+        }
+        for kind, (look, wording) in enumerate(sharpness):
+            self.look[kind] = closeness(guessed, LOOK[:1], everything, look)
+            self.look[kind] *= closeness(arrays, LOOK[1:], self.pictured, look)
+            self.wording[kind] = closeness(guessed, WORDING[:1], everything, wording)
+            self.wording[kind] *= closeness(arrays, WORDING[1:], self.titled, wording)
+        self.liked = likings(guessed, favourites, everything, everything)
+        self.pictured = self.titled = everything
 
 
-def closeness(arrays, names, seen, power):
+def wheel(name, ahead):
+    """How likely values so many steps ahead on the wheel of an attribute are; the same is 1."""
+    shares, after, other = ATTRIBUTES[name]
+    return np.array([1, after, other])[np.minimum(ahead % len(shares), 2)]
+
+
+def closeness(arrays, names, seen, power, turned=None):
     """How much likelier item j (column) is after item i (row): (N+1, N+1), over attributes.
 
-    A column that is not seen gets the mean of those that are; a row that is not seen says nothing:
-    1.
+    power: exponent, one or of each row (N+1,). turned: of each row whether its colours go with
+    those SHIFT ahead (1), or with their like (0); -1: not known. A column that is not seen gets the
+    mean of those that are; a row that is not seen says nothing: 1.
     """
+    power = np.broadcast_to(power, seen.shape)[:, None]
     factor = np.ones((len(seen), len(seen)))
     for name in names:
-        shares, after, other = ATTRIBUTES[name]
-        value = np.arange(len(shares))
-        ahead = (value - value[:, None]) % len(shares)
-        wheel = np.array([1, after, other])[np.minimum(ahead, 2)] ** power
-        factor *= wheel[np.ix_(arrays[name], arrays[name])]
+        ahead = arrays[name] - arrays[name][:, None]
+        likely = wheel(name, ahead)
+        if name == "colour" and turned is not None:
+            other = wheel(name, ahead - SHIFT)
+            ways = [likely, other, (likely + other) / 2]
+            likely = np.choose(turned[:, None] % 3, ways)
+        factor *= likely ** power
     factor[:, ~seen] = factor[:, seen].sum(1, keepdims=True) / max(seen.sum(), 1)
     factor[~seen] = 1
     return factor
+
+
+def likings(arrays, count, pictured, titled):
+    """How well a user likes each item at all times: (N+1, K), for every choice of `count` favourite
+    colours and as many favourite themes; ones (N+1, 1) for none."""
+    if count == 0:
+        return np.ones((len(pictured), 1))
+    by_colour = liking(arrays["colour"], 6, count, pictured)    # (N+1, choices)
+    by_theme = liking(arrays["theme"], 6, count, titled)
+    return (by_colour[:, :, None] * by_theme[:, None]).reshape(len(pictured), -1)
+
+
+def liking(value, size, count, seen):
+    """(N+1,) values on a wheel -> (N+1, choices): how well the favourites go with each, on average;
+    an item that is not seen gets the mean of those that are."""
+    ahead = (value[:, None] - np.arange(size)) % size
+    each = np.array([1, *FAVOURITE])[np.minimum(ahead, 2)]      # (N+1, size)
+    choices = list(combinations(range(size), count))
+    liked = np.stack([each[:, list(choice)].mean(1) for choice in choices], axis=1)
+    liked[~seen] = liked[seen].sum(0) / max(seen.sum(), 1) if seen.any() else 1
+    return liked
 
 
 def last_seen(prefix, seen):
@@ -213,62 +343,102 @@ def last_seen(prefix, seen):
     return with_none[np.arange(len(prefix)), at]
 
 
-def step(taste, kind, prefix, late):
+def step(taste, kind, prefix, late, liked):
     """Probabilities (R, N+1) of the next purchase of R users of one kind.
 
     prefix: all that they bought before, in order (R, L), 0 = padding. late: are the new items on
-    the shelf? Habit acts as `any` where it has nothing to offer: after a new item, or when both
-    successors are bought.
+    the shelf? liked: the column of `taste.liked` of each (R,). Habit acts as `any` where it has
+    nothing to offer: after a new item, or when both successors are bought.
     """
+    match, rest = ways(taste, kind, prefix, late)
+    match *= taste.liked[:, liked].T
+    return match * (taste.channels[kind][0] / match.sum(1))[:, None] + rest
+
+
+def ways(taste, kind, prefix, late):
+    """Two ways to the next purchase (R, N+1): how well each item matches what was bought before,
+    whatever is liked; and the probability to be bought by habit or for no reason."""
     rows = np.arange(len(prefix))[:, None]
     on_shelf = np.where(taste.new & (not late), 0, taste.popularity)
     shelf = np.tile(on_shelf, (len(prefix), 1))
     shelf[rows, prefix] = 0    # nothing is bought twice
     last = last_seen(prefix, taste.popularity > 0)
+    before = prefix[:, :prefix.shape[1] + 1 - taste.lag]
     match = shelf * taste.category[last]
     match *= taste.look[kind][last_seen(prefix, taste.pictured)]
-    match *= taste.wording[kind][last_seen(prefix, taste.titled)]
+    match *= taste.wording[kind][last_seen(before, taste.titled)]
     planted = SUCCESSORS * (shelf[rows, taste.successors[last]] > 0)    # (R, 2)
     offered = planted.sum(1)
-    to_match, to_habit, to_any = CHANNELS[kind]
-    match *= (to_match / match.sum(1))[:, None]
-    match += shelf * ((to_any + to_habit * (offered == 0)) / shelf.sum(1))[:, None]
+    _, to_habit, to_any = taste.channels[kind]
+    rest = shelf * ((to_any + to_habit * (offered == 0)) / shelf.sum(1))[:, None]
     by_habit = to_habit * planted / np.where(offered > 0, offered, 1)[:, None]
-    match[rows, taste.successors[last]] += by_habit
-    return match
+    rest[rows, taste.successors[last]] += by_habit
+    return match, rest
 
 
-def oracle(arrays, histories, sees=VIEWS["full"], late=LATE):
+def oracle(arrays, histories, sees=VIEWS["full"], late=LATE, takes_for=None):
     """Probabilities (U, N+1) of the next purchase for whoever knows the shop and the history, but
-    not the kind of user.
+    not the kind of user and the favourites.
 
     arrays: `extra["oracle"]` of `read`. histories: all that each user bought before, left-padded
     ids (U, L). late: how many of a user's purchases up to the predicted one have new items on the
-    shelf: 0 training, 1 validation, 2 test. Factors that are not seen are 1. Each row sums to 1;
-    column 0 and what was bought are 0.
+    shelf: 0 training, 1 validation, 2 test. takes_for: knobs of the world that it has wrong.
+    Factors that are not seen are 1. Each row sums to 1; column 0 and what was bought are 0.
     """
-    taste = Taste(arrays, sees)
+    taste = Taste(arrays, sees, takes_for)
     histories = np.asarray(histories)
     blocks = np.split(histories, range(256, len(histories), 256))    # bounds the memory
-    return np.concatenate([average_kinds(taste, block, late) for block in blocks])
+    return np.concatenate([average(taste, block, late) for block in blocks])
 
 
-def average_kinds(taste, histories, late):
-    """`step` averaged over the posterior of the kinds: the prior times the probability of each
-    purchase so far."""
-    kinds = range(len(KINDS))
+def average(taste, histories, late):
+    """`step` averaged over the posterior of kinds and favourites: the prior times the probability
+    of each purchase so far."""
+    kinds = range(len(taste.prior))
     length = histories.shape[1]
-    evidence = np.tile(np.log(PRIOR), (len(histories), 1))    # (U, kinds)
+    evidence = np.log(taste.prior)[:, None] + np.zeros((len(histories), 1, taste.liked.shape[1]))
     for t in range(length):
         rows = np.flatnonzero(histories[:, t])
         if len(rows) == 0:
             continue
+        item = histories[rows, t]
         for kind in kinds:
-            p = step(taste, kind, histories[rows, :t], late=t > length - late)
-            evidence[rows, kind] += np.log(p[np.arange(len(rows)), histories[rows, t]])
-    posterior = np.exp(evidence - evidence.max(1, keepdims=True))
-    posterior /= posterior.sum(1, keepdims=True)
-    return sum(posterior[:, [kind]] * step(taste, kind, histories, late=late > 0) for kind in kinds)
+            match, rest = ways(taste, kind, histories[rows, :t], late=t > length - late)
+            here = np.arange(len(rows)), item
+            matched = match[here][:, None] * taste.liked[item] / (match @ taste.liked)    # (R, K)
+            p = taste.channels[kind][0] * matched + rest[here][:, None]
+            evidence[rows, kind] += np.log(np.maximum(p, 1e-300))    # a wrong oracle may say never
+    evidence -= evidence.max((1, 2), keepdims=True)
+    posterior = np.exp(evidence)                                     # (U, kinds, K)
+    posterior /= posterior.sum((1, 2), keepdims=True)
+    total = 0
+    for kind in kinds:
+        match, rest = ways(taste, kind, histories, late=late > 0)
+        liked = (posterior[:, kind] / (match @ taste.liked)) @ taste.liked.T    # (U, N+1)
+        share = posterior[:, kind].sum(1, keepdims=True)
+        total = total + taste.channels[kind][0] * match * liked + share * rest
+    return total
+
+
+def views(arrays, histories, late=LATE) -> dict:
+    """{view: probabilities (U, N+1)} of all oracles that say something in a world: VIEWS; those
+    that see the last item alone, or the history shuffled; and those that are blind of what the
+    world is made for."""
+    found = {view: oracle(arrays, histories, sees, late) for view, sees in VIEWS.items()}
+    found["of the last item"] = oracle(arrays, histories[:, -1:], late=late)
+    shuffled = [oracle(arrays, shuffle(histories, seed), late=late) for seed in range(SHUFFLES)]
+    found["of the history shuffled"] = sum(shuffled) / SHUFFLES
+    question = world_of(arrays).name.partition(":")[2]
+    for view, knobs in BLIND.get(question, {}).items():
+        found[view] = oracle(arrays, histories, late=late, takes_for=knobs)
+    return found
+
+
+def shuffle(histories, seed):
+    """Each row's items in random order, behind its padding: (U, L) -> (U, L)"""
+    uniform = np.random.RandomState(seed).random_sample(histories.shape)
+    uniform[histories == 0] = -1
+    return np.take_along_axis(histories, order(uniform), 1)
 
 
 def ceiling(arrays, histories, targets, late=LATE, among=None, k=10):
@@ -278,7 +448,7 @@ def ceiling(arrays, histories, targets, late=LATE, among=None, k=10):
     targets that count, such as cold items. Expected: by the full oracle's probabilities, which are
     the truth, whatever the view. Realised: on the targets. Ties count against the target.
     """
-    by_view = {view: oracle(arrays, histories, sees, late) for view, sees in VIEWS.items()}
+    by_view = views(arrays, np.asarray(histories), late)
     truth = by_view["full"]
     targets = np.asarray(targets)[:, None]
     among = np.ones(truth.shape[1]) if among is None else np.asarray(among)
@@ -309,218 +479,11 @@ def reached(folder, histories, targets) -> dict:
     if not (folder / "oracle.npz").is_file():
         return {}
     with np.load(folder / "oracle.npz", allow_pickle=False) as arrays:
-        views = ceiling(dict(arrays), histories, targets)
+        by_view = ceiling(dict(arrays), histories, targets)
     return {
         "oracle" if view == "full" else f"oracle {view}": metrics["realised"]
-        for view, metrics in views.items()
+        for view, metrics in by_view.items()
     }
-
-
-# ---------------- titles
-
-MAKES = ("Orvelle", "Marukita", "Solvane", "Tibrena")
-NOUNS = {    # by category
-    "en": "Handbag Mug Lamp Clock Cushion Pendant",
-    "de": "Tasche Becher Lampe Wanduhr Kissen Anhänger",
-    "ja": "バッグ マグカップ ランプ 時計 クッション ペンダント",
-    "fr": "Sac Tasse Lampe Horloge Coussin Pendentif",
-    "it": "Borsa Tazza Lampada Orologio Cuscino Ciondolo",
-    "es": "Bolso Taza Lámpara Reloj Cojín Colgante",
-}
-WORDS = {    # four by theme: sea, travel, music, kitchen, forest, winter
-    "en": "harbour anchor seagull lighthouse, suitcase compass passport railway, "
-          "violin trumpet concert melody, cinnamon pepper basil vanilla, "
-          "squirrel fern acorn badger, snowflake sleigh icicle mitten",
-    "de": "Hafen Anker Möwe Leuchtturm, Koffer Kompass Reisepass Eisenbahn, "
-          "Geige Trompete Konzert Melodie, Zimt Pfeffer Basilikum Vanille, "
-          "Eichhörnchen Farn Eichel Dachs, Schneeflocke Schlitten Eiszapfen Handschuh",
-    "ja": "港町 いかり カモメ 灯台, 旅行鞄 羅針盤 旅券 鉄道, バイオリン トランペット 演奏会 旋律, "
-          "シナモン 胡椒 バジル バニラ, リス シダ どんぐり アナグマ, 雪片 そり つらら 手袋",
-    "fr": "port ancre mouette phare, valise boussole passeport locomotive, "
-          "violon trompette concert mélodie, cannelle poivre basilic vanille, "
-          "écureuil fougère gland blaireau, flocon traîneau glaçon moufle",
-    "it": "porto ancora gabbiano faro, valigia bussola passaporto ferrovia, "
-          "violino tromba concerto melodia, cannella pepe basilico vaniglia, "
-          "scoiattolo felce ghianda tasso, nevicata slitta ghiacciolo muffola",
-    "es": "puerto ancla gaviota faro, maleta brújula pasaporte ferrocarril, "
-          "violín trompeta concierto melodía, canela pimienta albahaca vainilla, "
-          "ardilla helecho bellota tejón, nevada trineo carámbano manopla",
-}
-PHRASES = {    # the title; a sentence with the theme's other two words; one that tells nothing
-    "en": (
-        '{noun} "{A} and {b}", {make}',
-        "It also tells of {c} and {d}.",
-        "A gift for any day of the year.",
-    ),
-    "de": (
-        "{noun} „{A} und {b}“, {make}",
-        "Erzählt auch von {c} und {d}.",
-        "Ein Geschenk für jeden Tag im Jahr.",
-    ),
-    "ja": (
-        "{noun}「{A}と{b}」、{make}",
-        "{c}と{d}の物語も。",
-        "一年中いつでも喜ばれる贈り物です。",
-    ),
-    "fr": (
-        "{noun} « {A} et {b} », {make}",
-        "Raconte aussi {c} et {d}.",
-        "Un cadeau pour tous les jours de l'année.",
-    ),
-    "it": (
-        "{noun} «{A} e {b}», {make}",
-        "Racconta anche di {c} e {d}.",
-        "Un regalo per ogni giorno dell'anno.",
-    ),
-    "es": (
-        "{noun} «{A} y {b}», {make}",
-        "También habla de {c} y {d}.",
-        "Un regalo para cualquier día del año.",
-    ),
-}
-
-
-def describe(category, theme, make, language, words):
-    """Title and sentences of one item. words: the order of the theme's four words."""
-    language = tuple(PHRASES)[language]
-    of_theme = WORDS[language].split(", ")[theme].split()
-    a, b, c, d = (of_theme[word] for word in words)
-    parts = {
-        "noun": NOUNS[language].split()[category],
-        "make": MAKES[make],
-        "A": a[0].upper() + a[1:],
-        "b": b,
-        "c": c,
-        "d": d,
-    }
-    title, *text = (phrase.format(**parts) for phrase in PHRASES[language])
-    return {"title": title, "text": text, "language": language}
-
-
-# ---------------- pictures
-# Everything is a signed distance, negative inside, in units of the body; x runs right, y down.
-
-SIDE = 96                         # pixels
-LINE = .07                        # width of the outline
-INK = np.array([66, 60, 62])      # colour of what is not the body
-COLOURS = (
-    (214, 58, 54), (236, 128, 44), (244, 200, 62), (84, 164, 84), (62, 112, 196), (132, 84, 170),
-)
-
-
-def disc(x, y, radius):
-    return np.sqrt(x * x + y * y) - radius
-
-
-def rod(x, y, ax, ay, bx, by, radius):
-    """A line from a to b with round ends."""
-    dx, dy = bx - ax, by - ay
-    along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx ** 2 + dy ** 2), 0, 1)
-    return disc(x - ax - along * dx, y - ay - along * dy, radius)
-
-
-def round_body(x, y):
-    return disc(x, y, .9)
-
-
-def square(x, y):
-    x, y = np.abs(x) - .66, np.abs(y) - .66
-    return disc(np.maximum(x, 0), np.maximum(y, 0), .14) + np.minimum(np.maximum(x, y), 0)
-
-
-def heart(x, y):
-    x, y = np.abs(x) / 1.75, (.92 - y) / 1.75
-    nearest = np.maximum(x + y, 0) / 2    # on the side, which is x = y
-    to_tip = disc(x, y - 1, 0)
-    to_side = disc(x - nearest, y - nearest, 0)
-    below = np.minimum(to_tip, to_side) * np.sign(x - y)
-    return 1.75 * np.where(x + y > 1, disc(x - .25, y - .75, np.sqrt(2) / 4), below)
-
-
-def star(x, y):
-    fifth = 2 * np.pi / 5
-    turn = np.abs((np.arctan2(x, -y) + fifth / 2) % fifth - fifth / 2)    # from the nearest tip
-    return disc(x, y, 0) * np.cos(turn - .92) - 1.18 * np.cos(.92)
-
-
-SHAPES = (round_body, square, heart, star)
-
-
-def plain(x, y):
-    return np.full(x.shape, 9.)
-
-
-def stripes(x, y):
-    return np.abs(2.4 * x % 1 - .5) / 2.4 - .11
-
-
-def dots(x, y):
-    shifted = 2.3 * x + np.floor(2.3 * y) % 2 / 2    # every second row by half a step
-    return disc(shifted % 1 - .5, 2.3 * y % 1 - .5, .29) / 2.3
-
-
-PATTERNS = (plain, stripes, dots)
-
-
-def strap(x, y):
-    return np.abs(disc(x, y + .85, .5)) - .09
-
-
-def ear(x, y):
-    return np.abs(disc(x - .95, y - .05, .42)) - .11
-
-
-def cord_and_bulb(x, y):
-    return np.minimum(rod(x, y, 0, 0, 0, -4, .05), disc(x, y - 1, .24))
-
-
-def hands(x, y):
-    return np.minimum(rod(x, y, 0, 0, 0, -.42, .08), rod(x, y, 0, 0, .27, .16, .08))
-
-
-def tassels(x, y):
-    x, y = abs(x), abs(y)
-    return np.minimum(rod(x, y, 0, 0, 1, 1, .05), disc(x - 1.08, y - 1.08, .15))
-
-
-def chain(x, y):
-    return np.minimum(rod(abs(x), y, 0, -.6, 1.6, -4, .05), np.abs(disc(x, y + .95, .1)) - .05)
-
-
-ACCESSORIES = (strap, ear, cord_and_bulb, hands, tassels, chain)    # by category, which they tell
-
-
-def draw(colour, pattern, shape, category, jitter):
-    """One picture, uint8 (SIDE, SIDE, 3).
-
-    jitter: 10 numbers in [-1, 1] for size, angle, place (2), tint (4) and backdrop.
-    """
-    size = 25 + 3 * jitter[0]     # pixels per unit
-    angle = .14 * jitter[1]       # radians
-    across = np.arange(SIDE) + .5 - SIDE / 2
-    right = (across - 4 * jitter[2])[None] / size
-    down = (across - 2 - 3 * jitter[3])[:, None] / size
-    x = right * np.cos(angle) + down * np.sin(angle)
-    y = down * np.cos(angle) - right * np.sin(angle)
-    canvas = np.zeros((SIDE, SIDE, 1)) + (238 + 6 * jitter[[8, 9, 7]])
-
-    def paint(paint_colour, distance, blur=1.0, opacity=1.0):
-        cover = opacity * np.clip(.5 - distance * size / blur, 0, 1)    # anti-aliased
-        canvas[...] += (paint_colour - canvas) * cover[..., None]
-
-    body = SHAPES[shape](x, y)
-    accessory = ACCESSORIES[category](x, y)
-    in_front = ACCESSORIES[category] is hands
-    tint = np.array(COLOURS[colour]) * (1 + .05 * jitter[4]) + 8 * jitter[5:8]
-    paint(INK, SHAPES[shape](x, y - .16), blur=9, opacity=.3)    # shadow
-    if not in_front:
-        paint(INK, accessory)
-    paint(.72 * tint, body)                                      # outline
-    paint(tint * (1 - .12 * down[..., None]), body + LINE)
-    paint(.25 * tint + 188, np.maximum(body + LINE, PATTERNS[pattern](x, y)))
-    if in_front:
-        paint(INK, accessory)
-    return np.floor(np.clip(canvas, 0, 255) + .5).astype(np.uint8)
 
 
 # ---------------- the source
@@ -529,8 +492,14 @@ def recognises(folder):
     return False    # nobody has this shop in a folder of their own
 
 
+def knows(name):
+    """demo:tastes and the other shops that are made for a question."""
+    return name in WORLDS
+
+
 def item_keys(world):
-    return [f"{world.name}-{i:04d}" for i in range(1, world.n_items + 1)]
+    name = world.name.replace(":", "-")
+    return [f"{name}-{i:04d}" for i in range(1, world.n_items + 1)]
 
 
 def fetch(name, raw, mirror=None):
@@ -577,6 +546,6 @@ def read(folder, name):
         times=times[users, steps].tolist(),
         catalog=catalog,
         item_order=keys,
-        image_root=f"../raw/{name}",
+        image_root=f"../raw/{name.replace(':', '-')}",
         extra={"oracle": arrays},
     )

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from common.encoders import hash_text, pixels
-from sources import demo
+from sources import demo, demo_goods
 
 SMALL = demo.World("small", seed=7, n_users=300, n_items=120)
 
@@ -288,17 +288,17 @@ def test_catalog_lacks_what_it_should(source, tmp_path):
     assert len(list((tmp_path / "raw" / "images").iterdir())) == pictured.sum()
 
 
-@pytest.mark.parametrize("language", range(6), ids=list(demo.PHRASES))
+@pytest.mark.parametrize("language", range(6), ids=list(demo_goods.PHRASES))
 def test_titles_use_four_words_of_one_theme(language):
-    entry = demo.describe(2, 0, 1, language, [3, 1, 0, 2])
-    themes = list(demo.WORDS.values())[language].split(", ")
+    entry = demo_goods.describe(2, 0, 1, language, [3, 1, 0, 2])
+    themes = list(demo_goods.WORDS.values())[language].split(", ")
     assert [len(theme.split()) for theme in themes] == [4] * 6
     words = themes[0].lower().split()
     title, sentence = entry["title"].lower(), entry["text"][0].lower()
     assert [word in title for word in words] == [False, True, False, True]
     assert [word in sentence for word in words] == [True, False, True, False]
-    assert demo.MAKES[1].lower() in title
-    assert entry["language"] == list(demo.PHRASES)[language]
+    assert demo_goods.MAKES[1].lower() in title
+    assert entry["language"] == list(demo_goods.PHRASES)[language]
 
 
 def test_fetch_draws_once_and_finishes_what_was_broken_off(source, tmp_path):
@@ -354,8 +354,8 @@ def test_looks_are_in_pictures_only_and_wording_in_titles_only():
     words = demo.order(uniform((600, 4)))
     looks = list(zip(*(arrays[name] for name in (*demo.LOOK, "category"))))
     wording = list(zip(*(arrays[name] for name in ("category", *demo.WORDING))))
-    seen = pixels(Image.fromarray(demo.draw(*looks[i], jitter[i])) for i in range(600))
-    entries = [demo.describe(*wording[i], words[i]) for i in range(600)]
+    seen = pixels(Image.fromarray(demo_goods.draw(*looks[i], jitter[i])) for i in range(600))
+    entries = [demo_goods.describe(*wording[i], words[i]) for i in range(600)]
     told = hash_text([" ".join([entry["title"], *entry["text"]]) for entry in entries])
     for name in (*demo.LOOK, *demo.WORDING):
         shares = demo.ATTRIBUTES[name][0]
