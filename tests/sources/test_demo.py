@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from common.encoders import hash_text, pixels
-from sources import demo
+from common.files import read_json
+from sources import demo, prepare
 
 SMALL = demo.World("small", seed=7, n_users=300, n_items=120)
 
@@ -331,6 +332,11 @@ def test_the_second_shop_has_other_items_and_the_same_words(tmp_path):
         titles = [row["title"] for row in raw.catalog.values() if row["language"] != "ja"]
         words.append({word for title in titles for word in title.split()})
     assert len(words[0] & words[1]) > .9 * len(words[0] | words[1])
+
+
+def test_a_drawn_shop_has_nothing_to_say(source, tmp_path, monkeypatch):
+    folder = prepare("demo", tmp_path / "data")
+    assert read_json(folder / "source.json")["notes"] == []
 
 
 # ---------------- the built-in encoders, and what each modality gives away
