@@ -60,7 +60,7 @@ def read_vectors(path, keys, described=None) -> tuple:
         bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
         raise UserError(f"{path}, row {bad} (counted from 0) has a number that is not finite")
     if ids is None:
-        notes.append(f"the rows of {path.name} are taken in the order of items.jsonl, the first is "
+        notes.append(f"the rows of {path.name} are taken in the order of the catalog, the first is "
                      f"{keys[0]}'s")
         return in_order(path, rows, keys, described or len(keys)), notes
     rows, more = by_id(path, rows, ids, keys)

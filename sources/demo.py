@@ -253,7 +253,7 @@ class Taste:
         self.successors = arrays["successors"]
         shown, told = arrays["pictured"], arrays["titled"]
         if world.hidden == "known" and sees == VIEWS["full"]:
-            shown = told = np.ones(len(shown), bool)
+            shown = told = np.arange(len(shown)) > 0    # 0 is padding
         self.pictured = shown & ("image" in sees)
         self.titled = told & ("text" in sees)
         self.category = closeness(arrays, ("category",), self.pictured | self.titled, 1)
@@ -273,7 +273,7 @@ class Taste:
     def fill_in(self, arrays, favourites, sharpness):
         """Take the theme for the colour of what has no picture, and the colour for the theme of
         what has no title; the other attributes stay unknown."""
-        everything = np.ones(len(self.pictured), bool)
+        everything = np.arange(len(self.pictured)) > 0
         guessed = arrays | {
             "colour": np.where(self.pictured, arrays["colour"], arrays["theme"]),
             "theme": np.where(self.titled, arrays["theme"], arrays["colour"]),

@@ -23,10 +23,10 @@ def notes_of_files(report, files) -> list:
                 f"{name}: {sum(bad.values())} of {counts['lines']} lines are not used "
                 f"({kinds_of(bad)}), the first is line {counts['first_bad_line']}"
             )
+    read = [name for name in files if name in report]
     unread = [name for name in files if name not in report and not is_no_data(name)]
-    if unread:
-        read = ", ".join(name for name in files if name in report)
-        notes.append(f"not read: {', '.join(unread)}; what is read are {read}")
+    if read and unread:    # a shop that is drawn reads none
+        notes.append(f"not read: {', '.join(unread)}; what is read: {', '.join(read)}")
     return notes
 
 

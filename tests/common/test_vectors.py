@@ -60,7 +60,7 @@ def test_five_forms_of_the_same_vectors(tmp_path, form):
     np.testing.assert_array_equal(rows, ROWS)
     assert rows.dtype == np.float32
     if form in (in_order, one_tensor):
-        assert notes == [f"the rows of {path.name} are taken in the order of items.jsonl, the "
+        assert notes == [f"the rows of {path.name} are taken in the order of the catalog, the "
                          f"first is 7's"]
     elif form == column_of_ids:
         assert notes == ["the first column of v.npy is taken for the items' ids"]

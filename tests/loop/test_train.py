@@ -482,7 +482,7 @@ def test_every_command_says_what_is_not_used(shop, tmp_path):
     np.save(shop / "idle.npy", np.ones(3))
     expected = [
         "note: items.jsonl: keys not read: price (30)",
-        "note: not read: products.json; what is read are interactions.csv, items.jsonl",
+        "note: not read: products.json; what is read: interactions.csv, items.jsonl",
         "note: not used: idle.npy; vectors are given as --text FILE or --image FILE",
         f"note: 30 of 30 picture paths of the items are not on disk, the first is img/0.png (there "
         f"is no folder img), in {shop}",

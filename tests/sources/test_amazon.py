@@ -86,7 +86,7 @@ def test_five_core_comes_before_all_reviews(tmp_path):
     assert raw.catalog["A1"]["title"] == "Tea"
     notes = read_json(prepare(tmp_path, tmp_path / "data") / "source.json")["notes"]
     assert notes == [
-        "not read: Other.json, Tea.json; what is read are Tea_5.json.gz, meta_Tea.json.gz"
+        "not read: Other.json, Tea.json; what is read: Tea_5.json.gz, meta_Tea.json.gz"
     ]
 
 

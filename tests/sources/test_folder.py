@@ -300,7 +300,7 @@ def test_files_that_are_not_read_are_named(tmp_path, other):
     (path / other).write_text("item,title\na,Mug\n")
     (path / "README.txt").write_text("words")
     notes = read_json(prepare(path, tmp_path / "data") / "source.json")["notes"]
-    assert f"not read: {other}; what is read are interactions.csv, items.jsonl" in notes
+    assert f"not read: {other}; what is read: interactions.csv, items.jsonl" in notes
 
 
 @pytest.mark.parametrize("bought, described, shown", [

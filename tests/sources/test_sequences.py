@@ -27,7 +27,7 @@ def test_both_ways_of_writing(tmp_path, histories, text):
     about = read_json(out / "source.json")
     assert about["clock"] == "order"
     assert about["notes"] == [
-        "not read: Beauty_item2attributes.json, Beauty_sample.txt; what is read are Beauty.txt"
+        "not read: Beauty_item2attributes.json, Beauty_sample.txt; what is read: Beauty.txt"
     ]
 
 
