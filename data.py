@@ -397,7 +397,8 @@ def add_arguments(parser, name="--data"):
     add = parser.add_argument
     required = {"required": True} if name.startswith("-") else {}
     names = ", ".join(NAMES)
-    add(name, **required, help=f"a folder, or {names}, amazon2018:CATEGORY, amazon2023:CATEGORY")
+    others = "demo:tastes and the like, amazon2018:CATEGORY, amazon2023:CATEGORY"
+    add(name, **required, help=f"a folder, or {names}, {others}")
     add("--split", choices=SPLITS, default="leave_one_out",
         help="which items are targets: the last ones, those after a time, as train, valid and test "
              "files of the data say, or none, to train on everything (default: leave_one_out)")

@@ -52,9 +52,7 @@ def main():
     seeds = settings.seeds_of(args)
     device = pick_device(args.device)
     dataset = data.load_for(args)
-    # all demo shops have the settings of the first
-    preset = "demo" if dataset.about["source"] == "demo" else dataset.name
-    cfg = settings.configure(module, args, preset)
+    cfg = settings.configure(module, args, dataset.name, dataset.about["source"])
     catalog = runs.build_catalog(module, dataset, args, device)
     job = Job(args, module, cfg, dataset, catalog, device)
     stages, weights = plan(job)

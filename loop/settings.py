@@ -246,13 +246,15 @@ def boolean(text):
     return text.lower() in ("true", "1", "yes")
 
 
-def configure(module, args, data_name):
-    """Config: its defaults, changed by PRESETS for the data set, changed by flags.
+def configure(module, args, data_name, source=""):
+    """Config: its defaults, changed by PRESETS for the data set or, where it has none, for its
+    source (all demo shops share one), changed by flags.
 
     Raises UserError for a setting that makes no sense.
     """
     fields = [field.name for field in dataclasses.fields(module.Config)]
-    preset = getattr(module, "PRESETS", {}).get(data_name.removesuffix("-folder"), {})
+    presets = getattr(module, "PRESETS", {})
+    preset = presets.get(data_name.removesuffix("-folder"), presets.get(source, {}))
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     used = ", ".join(f"{name} {value}" for name, value in preset.items() if name not in given)
     if used:

@@ -126,7 +126,8 @@ PRESETS = {
     "scientific-mm": dict(neighbors=5, centers=16, dim=64, inner=128, lr=2e-3),
     # long histories, where a row per prefix is slow
     "ml100k": dict(dim=64, inner=128, dropout=0.3, lr=2e-3, prefixes=False, batch_size=16),
-    "demo": dict(centers=4, dim=64, inner=128, lr=3e-3, epochs=20),
+    "demo": dict(centers=4, dim=64, inner=128, dropout=0.3, lr=5e-4, epochs=20),
+    "demo-last": dict(centers=4, dim=64, inner=128, lr=3e-3, epochs=20),
 }
 
 
