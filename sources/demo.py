@@ -478,8 +478,11 @@ def reached(folder, histories, targets) -> dict:
     for any other folder."""
     if not (folder / "oracle.npz").is_file():
         return {}
-    with np.load(folder / "oracle.npz", allow_pickle=False) as arrays:
-        by_view = ceiling(dict(arrays), histories, targets)
+    with np.load(folder / "oracle.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    if "world" not in arrays:    # drawn before there were several
+        return {}
+    by_view = ceiling(arrays, histories, targets)
     return {
         "oracle" if view == "full" else f"oracle {view}": metrics["realised"]
         for view, metrics in by_view.items()

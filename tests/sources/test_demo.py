@@ -269,6 +269,29 @@ def test_what_the_oracle_expects_happens(question):
         assert ndcg["full"] > 1.4 * ndcg[partial] > 1.4 * 1.2 * ndcg["without both"]
 
 
+def test_where_nothing_is_missing_there_is_nothing_to_fill_in():
+    knobs = demo.QUESTIONS["missing"] | dict(no_picture=0, no_title=0, n_users=20, n_items=80)
+    arrays, bought = made(demo.World("demo:missing", **knobs))
+    found = demo.views(arrays, bought[:, :-1])
+    np.testing.assert_allclose(found["filling in"], found["full"], atol=1e-12)
+    np.testing.assert_allclose(found["filling nothing in"], found["full"], atol=1e-12)
+
+
+@pytest.mark.parametrize("known", ["colour", "theme"])
+def test_filling_in_takes_one_modality_for_the_other(known):
+    """As if the guess were known, where nothing but colour and theme is looked at."""
+    knobs = demo.QUESTIONS["missing"] | dict(n_users=20, n_items=80)
+    arrays, bought = made(demo.World("demo:missing", **knobs))
+    lacking = ~arrays["pictured"] if known == "theme" else ~arrays["titled"]
+    guess, other = ("colour", "theme") if known == "theme" else ("theme", "colour")
+    sure = demo.Taste(arrays | {guess: np.where(lacking, arrays[other], arrays[guess])})
+    taste = demo.Taste(arrays, takes_for=dict(hidden="filled"))
+    liked = sure.liked.reshape(-1, 6, 6).sum(2 if guess == "colour" else 1)
+    filled = taste.liked.reshape(-1, 6, 6).sum(2 if guess == "colour" else 1)
+    np.testing.assert_allclose((filled / filled.sum(1, keepdims=True))[1:],
+                               (liked / liked.sum(1, keepdims=True))[1:])
+
+
 def test_questions_are_worlds():
     assert demo.WORLDS.keys() == {
         *demo.SHOPS, *(f"{shop}:{question}" for shop in demo.SHOPS for question in demo.QUESTIONS)
