@@ -259,8 +259,8 @@ def demo_scale(dataset, label, result) -> str:
     and for a run that is not tested.
 
     All by masked ranking, since nothing is bought twice there. The oracle knows the shop's
-    probabilities; a view is an oracle that cannot see pictures, or texts. It is a bound in
-    expectation: on 3,000 users chance moves it by +-0.01.
+    probabilities; its other views see or know less. It is a bound in expectation: on 3,000 users
+    chance moves it by +-0.01.
     """
     if not dataset.is_tested or not (dataset.folder / "oracle.npz").is_file():
         return ""

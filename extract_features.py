@@ -51,7 +51,6 @@ from common.files import (
     read_json,
     save_tensors,
     set_aside,
-    sha256,
     write_json,
 )
 from common.progress import Bar
@@ -204,9 +203,10 @@ def take_over(dataset, modality, file):
     if zero:
         notes.append(f"{zero} of {len(keys)} items have no vector in {Path(file).name}, or zeros")
     index = np.arange(1, len(keys) + 1)[:, None]
+    digest = digest_of(file)    # of the file, then of the ids beside it
     about = {
-        "weights": {Path(file).name: sha256(file)},
-        "inputs_sha256": digest_of(file),
+        "weights": {Path(file).name: digest.partition("+")[0]},
+        "inputs_sha256": digest,
         "notes": notes,
     }
     write_features(dataset.folder, modality, file, vectors, index, keys, about)

@@ -55,7 +55,8 @@ def shown(numbers):
 
 
 def table(rows):
-    head = ["", *(heading for heading, _, _ in COLUMNS), "epochs", "seconds"]
+    headings = [heading for heading, _, _ in COLUMNS]
+    head = ["", *headings, "epochs", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, runs in rows.items():
         cells = [shown(values(runs, part, metric)) for _, part, metric in COLUMNS]
@@ -68,7 +69,8 @@ def table(rows):
 def plot(rows, title, marks):
     """An SVG of horizontal bars, with the spread of the seeds and vertical lines at the marks."""
     height = 64 + ROW * len(rows) + 16
-    longest = max([*(max(values(runs, "test_masked")) for runs in rows.values()), *marks.values()])
+    highest = [max(values(runs, "test_masked")) for runs in rows.values()]
+    longest = max([*highest, *marks.values()])
     scale = (WIDTH - LEFT - RIGHT) / longest
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '

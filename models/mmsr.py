@@ -444,7 +444,7 @@ class Tower(nn.Module):
         self.width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
         nothing = "" if modality == "text" else None
         row = {x: i for i, x in enumerate(dict.fromkeys([nothing, *wanted[1:]]))}
-        row_of = torch.tensor([0, *(row[x] for x in wanted[1:])])
+        row_of = torch.tensor([0] + [row[x] for x in wanted[1:]])
         self.register_buffer("row_of", row_of, persistent=False)    # (N+1,) of the distinct inputs
         self.frozen = Frozen(model, modality, list(row))    # no module: no part of the weights
         if modality == "text":
@@ -1056,7 +1056,7 @@ if __name__ == "__main__":    # a check that this file works where it was copied
     items = torch.randint(1, N + 1, (B, L + 1))
     catalog = {
         "n_items": N,
-        "titles": ["", *(f"thing number {i}" for i in range(N))],
+        "titles": [""] + [f"thing number {i}" for i in range(N)],
         "image_paths": [None] * (N + 1),
         "train_seqs": items.tolist(),
     }

@@ -15,7 +15,9 @@ and, only where they apply,
     pictures_in(folder) -> int           how many pictures lie there that read finds by looking: if
                                          there are more than before, the folder is read again
 
-`Raw` and what helps to read tables are in common/tables.py; amazon_m2.py is a short example. A new
+`Raw` and what helps to read tables are in common/tables.py, readers of tables with usual names in
+common/interactions.py and common/items.py; recbole.py is a short example. `Raw.report` has an entry
+under the name of each file that was read: other files of the folder are named as not read. A new
 file is on the command line at once.
 """
 import importlib

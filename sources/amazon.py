@@ -64,6 +64,7 @@ FIELDS = {    # clock: (person, product, time)
     "seconds": ("user_id", "parent_asin", "timestamp"),
 }
 ITEM_KEY = re.compile(r"""["'](?:parent_)?asin["']\s*:\s*["']([^"'\\]+)["']""")
+PICTURE_KEYS = ("images", "imageURLHighRes", "imageURL", "image", "imUrl")
 THUMBNAIL = re.compile(r"\._[^/]*_(?=\.\w+$)")    # ._SX38_SY50_CR,0,0,38,50_ before .jpg
 WEB_ADDRESS = re.compile(r"https?://[^\s<>\"]+")
 
@@ -365,9 +366,6 @@ def category_path(row) -> list:
     path = max(lists, key=len, default=path)
     path = takewhile(lambda name: "</span>" not in str(name), path)    # 2018: page details follow
     return list(filter(None, map(clean_text, path)))
-
-
-PICTURE_KEYS = ("images", "imageURLHighRes", "imageURL", "image", "imUrl")
 
 
 def has_pictures(row) -> bool:
