@@ -57,6 +57,9 @@ class World:
     # what a missing picture or title would have shown: "nothing" is made of it; or it is "known" to
     # the users, who see the goods; or it is "filled" in, colour for theme and theme for colour
     hidden: str = "nothing"
+    # colour and theme are told "plainly", or "in details": by a seal in a corner of the picture and
+    # the order of three words; to somebody who knows no details they are "overlooked"
+    told: str = "plainly"
 
 
 QUESTIONS = {    # name: what differs from the plain shop
@@ -65,6 +68,7 @@ QUESTIONS = {    # name: what differs from the plain shop
     "uncertainty": dict(kinds="steady", scattered=.5),
     "languages": dict(tongues=True, favourites=0, kinds="sharp"),
     "missing": dict(linked=.9, hidden="known", no_picture=.3, no_title=.3),
+    "content": dict(told="in details"),
     "cold": dict(new=.3),
     "few": dict(n_users=300),
 }
@@ -127,6 +131,7 @@ BLIND = {    # by question: oracles that take the shop for another one
     "uncertainty": {"blind to steadiness": dict(kinds="alike", scattered=0.)},
     "languages": {"blind to languages": dict(tongues=False)},
     "missing": {"filling in": dict(hidden="filled"), "filling nothing in": dict(hidden="nothing")},
+    "content": {"overlooking details": dict(told="overlooked")},
 }
 
 
@@ -261,12 +266,17 @@ class Taste:
         turned = None
         if world.tongues:
             turned = np.where(self.titled, arrays["language"] % 2, -1)
+        looks, words = LOOK, WORDING
+        liked_as = self.pictured, self.titled
+        if world.told == "overlooked":    # colour and theme, which come first
+            looks, words = LOOK[1:], WORDING[1:]
+            liked_as = np.zeros((2, len(shown)), bool)
         self.look = []       # by kind of user
         self.wording = []
         for look, wording in sharpness:
-            self.look.append(closeness(arrays, LOOK, self.pictured, look * steadiness, turned))
-            self.wording.append(closeness(arrays, WORDING, self.titled, wording * steadiness))
-        self.liked = likings(arrays, world.favourites, self.pictured, self.titled)    # (N+1, K)
+            self.look.append(closeness(arrays, looks, self.pictured, look * steadiness, turned))
+            self.wording.append(closeness(arrays, words, self.titled, wording * steadiness))
+        self.liked = likings(arrays, world.favourites, *liked_as)    # (N+1, K)
         if world.hidden == "filled":
             self.fill_in(arrays, world.favourites, sharpness * steadiness.mean())
 
@@ -512,15 +522,31 @@ def fetch(name, raw, mirror=None):
     if done.exists() and read_json(done) == asdict(world):
         return done.parent
     arrays = make_items(world)
-    jitter = 2 * stream(world, "pictures")((world.n_items, 10)) - 1
+    uniform = stream(world, "pictures")
+    jitter = 2 * uniform((world.n_items, 10)) - 1
+    details = seals(world, arrays, uniform)
     folder = done.parent / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for i, key in enumerate(item_keys(world), start=1):
         if arrays["pictured"][i]:
-            looks = [arrays[name][i] for name in (*LOOK, "category")]
-            Image.fromarray(draw(*looks, jitter[i - 1])).save(folder / f"{key}.png")
+            looks = {name: arrays[name][i] for name in (*LOOK, "category")}
+            picture = draw(**looks | details[i - 1], jitter=jitter[i - 1])
+            Image.fromarray(picture).save(folder / f"{key}.png")
     write_json(done, asdict(world))
     return done.parent
+
+
+def seals(world, arrays, uniform):
+    """What else `draw` is told of each item: nothing, or, where details tell, the seal that stands
+    for the colour, and a body of any colour."""
+    if world.told == "plainly":
+        return [{}] * world.n_items
+    body = spread(uniform(world.n_items), ATTRIBUTES["colour"][0])
+    shift = 2 * uniform((world.n_items, 2)) - 1
+    return [
+        {"colour": colour, "seal": seal, "seal_shift": place}
+        for colour, seal, place in zip(body, arrays["colour"][1:], shift)
+    ]
 
 
 def read(folder, name):
@@ -534,7 +560,7 @@ def read(folder, name):
         item = {"title": "", "text": [], "language": ""}
         if arrays["titled"][i]:
             wording = [arrays[name][i] for name in ("category", *WORDING)]
-            item = describe(*wording, words[i - 1])
+            item = describe(*wording, words[i - 1], in_order=world.told == "in details")
         item["images"] = [f"images/{key}.png"] if arrays["pictured"][i] else []
         catalog[key] = item
 

@@ -1,8 +1,11 @@
 """The goods of the demo shops: a picture is drawn and a title written of an item's attributes.
 
 A picture shows colour, pattern and shape, and by an accessory the category; a title tells theme,
-make, language and category.
+make, language and category. Where details tell, the seal in a corner stands for the colour, and the
+order of three words, the same in all titles of a language, for the theme.
 """
+from itertools import permutations
+
 import numpy as np
 
 # ---------------- titles
@@ -69,11 +72,26 @@ PHRASES = {    # the title; a sentence with the theme's other two words; one tha
 }
 
 
-def describe(category, theme, make, language, words):
-    """Title and sentences of one item. words: the order of the theme's four words."""
+ORDERS = tuple(permutations(range(3)))    # of the first theme's first three words, by theme
+
+
+def describe(category, theme, make, language, words, in_order=False):
+    """Title and sentences of one item.
+
+    words: the order of the theme's four words. in_order: the theme is told by the order of words
+    alone, which are the same in all titles of a language.
+    """
     language = tuple(PHRASES)[language]
-    of_theme = WORDS[language].split(", ")[theme].split()
-    a, b, c, d = (of_theme[word] for word in words)
+    by_theme = [of_theme.split() for of_theme in WORDS[language].split(", ")]
+    title, sentence, gift = PHRASES[language]
+    if in_order:
+        a, b, c = (by_theme[0][word] for word in ORDERS[theme])
+        before, after = title.split("{A}")[0], title.split("{b}")[1]
+        phrases = before + "{A} · {b} · {c}" + after, gift
+        d = None
+    else:
+        a, b, c, d = (by_theme[theme][word] for word in words)
+        phrases = title, sentence, gift
     parts = {
         "noun": NOUNS[language].split()[category],
         "make": MAKES[make],
@@ -82,7 +100,7 @@ def describe(category, theme, make, language, words):
         "c": c,
         "d": d,
     }
-    title, *text = (phrase.format(**parts) for phrase in PHRASES[language])
+    title, *text = (phrase.format(**parts) for phrase in phrases)
     return {"title": title, "text": text, "language": language}
 
 
@@ -179,10 +197,24 @@ def chain(x, y):
 ACCESSORIES = (strap, ear, cord_and_bulb, hands, tassels, chain)    # by category, which they tell
 
 
-def draw(colour, pattern, shape, category, jitter):
+SEALS = ((-1, -1), (1, -1), (-1, 1), (1, 1), (0, -1), (0, 1))    # see `seal_lines`
+SEAL_PLACE = 36     # pixels from the middle, to the right and down
+SEAL_SIZE = 3       # pixels from its middle to its lines
+PAPER = np.array([250, 250, 250])
+
+
+def seal_lines(x, y, seal):
+    """A line down at the left, right or middle, and one across at the top or bottom: as much ink,
+    and as much of it upright, in every seal."""
+    down, across = SEALS[seal]
+    return np.minimum(rod(x, y, down, -1, down, 1, .35), rod(x, y, -1, across, 1, across, .35))
+
+
+def draw(colour, pattern, shape, category, jitter, seal=None, seal_shift=(0, 0)):
     """One picture, uint8 (SIDE, SIDE, 3).
 
-    jitter: 10 numbers in [-1, 1] for size, angle, place (2), tint (4) and backdrop.
+    jitter: 10 numbers in [-1, 1] for size, angle, place (2), tint (4) and backdrop. seal: number of
+    one of SEALS for the lower right corner, None: none; seal_shift: in pixels.
     """
     size = 25 + 3 * jitter[0]     # pixels per unit
     angle = .14 * jitter[1]       # radians
@@ -209,4 +241,10 @@ def draw(colour, pattern, shape, category, jitter):
     paint(.25 * tint + 188, np.maximum(body + LINE, PATTERNS[pattern](x, y)))
     if in_front:
         paint(INK, accessory)
+    if seal is not None:
+        unit = SEAL_SIZE / size    # of the seal, in units of the body
+        right = (across - SEAL_PLACE - seal_shift[0])[None] / SEAL_SIZE
+        down = (across - SEAL_PLACE - seal_shift[1])[:, None] / SEAL_SIZE
+        paint(PAPER, unit * disc(right, down, 1.9))
+        paint(INK, unit * seal_lines(right, down, seal))
     return np.floor(np.clip(canvas, 0, 255) + .5).astype(np.uint8)

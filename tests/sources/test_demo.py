@@ -3,6 +3,7 @@ what a picture or a title gives away."""
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import replace
 from math import sqrt
 
@@ -244,6 +245,7 @@ WORTH = {    # by question: NDCG@10 of oracles, as shares of the full one's, at 
     "uncertainty": {"blind to steadiness": .85},
     "languages": {"blind to languages": .8},
     "missing": {"filling in": .8, "filling nothing in": .65},
+    "content": {"overlooking details": .4},
     "cold": {},
     "few": {},
 }
@@ -290,6 +292,17 @@ def test_filling_in_takes_one_modality_for_the_other(known):
     filled = taste.liked.reshape(-1, 6, 6).sum(2 if guess == "colour" else 1)
     np.testing.assert_allclose((filled / filled.sum(1, keepdims=True))[1:],
                                (liked / liked.sum(1, keepdims=True))[1:])
+
+
+def test_overlooking_details_is_to_know_no_colour_and_no_theme(small):
+    arrays, bought = small
+    closely = arrays | {"world": np.array(json.dumps(vars(replace(SMALL, told="in details"))))}
+    overlooking = demo.oracle(closely, bought[:9, :-1], takes_for=dict(told="overlooked"))
+    alike = arrays | {name: 0 * arrays[name] for name in ("colour", "theme")}
+    np.testing.assert_allclose(overlooking, demo.oracle(alike, bought[:9, :-1]), atol=1e-12)
+    np.testing.assert_array_equal(
+        demo.oracle(closely, bought[:9, :-1]), demo.oracle(arrays, bought[:9, :-1])
+    )
 
 
 def test_questions_are_worlds():
@@ -513,6 +526,39 @@ def test_looks_are_in_pictures_only_and_wording_in_titles_only():
         assert probe(there, arrays[name]) < chance + .12, name
     assert probe(seen, arrays["category"]) > .9
     assert probe(told, arrays["category"]) > .9
+
+
+def test_details_are_told_but_not_to_the_built_in_encoders(tmp_path, monkeypatch):
+    """The same purchases as in the plain shop; the colour is in a corner of the picture, the theme
+    in the order of words, and neither in features."""
+    knobs = dict(n_users=9, n_items=600, no_picture=0, no_title=0)
+    world = demo.World("details", seed=3, told="in details", **knobs)
+    monkeypatch.setitem(demo.WORLDS, "demo", world)
+    raw = demo.read(demo.fetch("demo", tmp_path / "raw"), "demo")
+    arrays, bought = made(replace(world, told="plainly"))
+    assert raw.extra["oracle"]["colour"].tolist() == arrays["colour"].tolist()
+    assert raw.items == [raw.item_order[i - 1] for i in by_time(world, bought)]
+    colours, themes = arrays["colour"][1:], arrays["theme"][1:]
+
+    entries = [raw.catalog[key] for key in raw.item_order]
+    pictures = [Image.open(tmp_path / "raw" / entry["images"][0]) for entry in entries]
+    corner = [np.asarray(picture)[75:93, 75:93].ravel() / 255. for picture in pictures]
+    assert probe(np.array(corner), colours) > .95
+    assert probe(pixels(pictures), colours) < 1 / 6 + .2
+
+    titles = [entry["title"] for entry in entries]
+    told = {(entry["language"], re.search(r"(\w+) · (\w+) · (\w+)", title).groups()): theme
+            for entry, title, theme in zip(entries, titles, themes)}
+    assert len(told) == 6 * 6    # each theme has one order in each language
+    features = hash_text([" ".join([entry["title"], *entry["text"]]) for entry in entries])
+    assert probe(features, themes) < 1 / 6 + .1
+
+
+def by_time(world, bought):
+    """All purchases (U, L) in order of time."""
+    times = demo.make_times(world)
+    real = bought > 0
+    return bought[real][np.argsort(times[real], kind="stable")]
 
 
 def test_hash_text():
