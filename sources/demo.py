@@ -60,6 +60,8 @@ class World:
     # colour and theme are told "plainly", or "in details": by a seal in a corner of the picture and
     # the order of three words; to somebody who knows no details they are "overlooked"
     told: str = "plainly"
+    translated: bool = False   # all titles are in the first language, as if an encoder knew them
+                               # all; the catalog still says which language it was
 
 
 QUESTIONS = {    # name: what differs from the plain shop
@@ -67,6 +69,7 @@ QUESTIONS = {    # name: what differs from the plain shop
     "tastes": dict(favourites=2, kinds="apart"),
     "uncertainty": dict(kinds="steady", scattered=.5),
     "languages": dict(tongues=True, favourites=0, kinds="sharp"),
+    "translated": dict(tongues=True, favourites=0, kinds="sharp", translated=True),
     "missing": dict(linked=.9, hidden="known", no_picture=.3, no_title=.3),
     "content": dict(told="in details"),
     "cold": dict(new=.3),
@@ -130,6 +133,7 @@ BLIND = {    # by question: oracles that take the shop for another one
     "tastes": {"blind to tastes": dict(favourites=0)},
     "uncertainty": {"blind to steadiness": dict(kinds="alike", scattered=0.)},
     "languages": {"blind to languages": dict(tongues=False)},
+    "translated": {"blind to languages": dict(tongues=False)},
     "missing": {"filling in": dict(hidden="filled"), "filling nothing in": dict(hidden="nothing")},
     "content": {"overlooking details": dict(told="overlooked")},
 }
@@ -560,7 +564,10 @@ def read(folder, name):
         item = {"title": "", "text": [], "language": ""}
         if arrays["titled"][i]:
             wording = [arrays[name][i] for name in ("category", *WORDING)]
-            item = describe(*wording, words[i - 1], in_order=world.told == "in details")
+            item = describe(
+                *wording, words[i - 1],
+                in_order=world.told == "in details", translated=world.translated,
+            )
         item["images"] = [f"images/{key}.png"] if arrays["pictured"][i] else []
         catalog[key] = item
 

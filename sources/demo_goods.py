@@ -75,15 +75,16 @@ PHRASES = {    # the title; a sentence with the theme's other two words; one tha
 ORDERS = tuple(permutations(range(3)))    # of the first theme's first three words, by theme
 
 
-def describe(category, theme, make, language, words, in_order=False):
-    """Title and sentences of one item.
+def describe(category, theme, make, language, words, in_order=False, translated=False):
+    """Title and sentences of one item, and its language.
 
     words: the order of the theme's four words. in_order: the theme is told by the order of words
-    alone, which are the same in all titles of a language.
+    alone, which are the same in all titles of a language. translated: into the first language.
     """
     language = tuple(PHRASES)[language]
-    by_theme = [of_theme.split() for of_theme in WORDS[language].split(", ")]
-    title, sentence, gift = PHRASES[language]
+    spoken = tuple(PHRASES)[0] if translated else language
+    by_theme = [of_theme.split() for of_theme in WORDS[spoken].split(", ")]
+    title, sentence, gift = PHRASES[spoken]
     if in_order:
         a, b, c = (by_theme[0][word] for word in ORDERS[theme])
         before, after = title.split("{A}")[0], title.split("{b}")[1]
@@ -93,7 +94,7 @@ def describe(category, theme, make, language, words, in_order=False):
         a, b, c, d = (by_theme[theme][word] for word in words)
         phrases = title, sentence, gift
     parts = {
-        "noun": NOUNS[language].split()[category],
+        "noun": NOUNS[spoken].split()[category],
         "make": MAKES[make],
         "A": a[0].upper() + a[1:],
         "b": b,

@@ -244,6 +244,7 @@ WORTH = {    # by question: NDCG@10 of oracles, as shares of the full one's, at 
     "tastes": {"blind to tastes": .8},
     "uncertainty": {"blind to steadiness": .85},
     "languages": {"blind to languages": .8},
+    "translated": {"blind to languages": .8},
     "missing": {"filling in": .8, "filling nothing in": .65},
     "content": {"overlooking details": .4},
     "cold": {},
@@ -453,6 +454,21 @@ def test_titles_use_four_words_of_one_theme(language):
     assert [word in sentence for word in words] == [True, False, True, False]
     assert demo_goods.MAKES[1].lower() in title
     assert entry["language"] == list(demo_goods.PHRASES)[language]
+
+
+def test_translated_titles_are_in_one_language_and_say_which_it_was():
+    own = [demo_goods.describe(1, 2, 3, language, [0, 1, 2, 3]) for language in range(6)]
+    english = [
+        demo_goods.describe(1, 2, 3, language, [0, 1, 2, 3], translated=True)
+        for language in range(6)
+    ]
+    assert len({item["title"] for item in own}) == 6
+    assert {item["title"] for item in english} == {own[0]["title"]}
+    assert [item["language"] for item in english] == list(demo_goods.PHRASES)
+    one, other = (demo.make_users(world, demo.make_items(world))[0] for world in (
+        replace(SMALL, **demo.QUESTIONS["languages"]), replace(SMALL, **demo.QUESTIONS["translated"])
+    ))
+    assert np.array_equal(one, other)
 
 
 def test_fetch_draws_once_and_finishes_what_was_broken_off(source, tmp_path):
