@@ -465,9 +465,8 @@ def test_translated_titles_are_in_one_language_and_say_which_it_was():
     assert len({item["title"] for item in own}) == 6
     assert {item["title"] for item in english} == {own[0]["title"]}
     assert [item["language"] for item in english] == list(demo_goods.PHRASES)
-    one, other = (demo.make_users(world, demo.make_items(world))[0] for world in (
-        replace(SMALL, **demo.QUESTIONS["languages"]), replace(SMALL, **demo.QUESTIONS["translated"])
-    ))
+    worlds = (replace(SMALL, **demo.QUESTIONS[name]) for name in ("languages", "translated"))
+    (_, one), (_, other) = (made(world) for world in worlds)
     assert np.array_equal(one, other)
 
 
