@@ -1,12 +1,14 @@
-"""Amazon-M2 (KDD Cup 2023): shopping sessions in six locales, with the products' texts, no picture.
+"""Amazon-M2 (KDD Cup 2023): shopping sessions in six locales, with the products' texts.
 
 sessions_train.csv   prev_items,next_item,locale; prev_items is a printed array over many lines,
                      "['B01' 'B02'\\n 'B03']"
 products_train.csv   id,locale,title,price,brand,color,size,model,material,author,desc; most cells
                      may be empty
+images/<id>.jpg      optional, and not part of the published set: whoever has pictures of products
+                     puts them here, in any format that Pillow reads; <id>@UK.jpg is of one locale
 
-Both may be compressed (.csv.gz). There are no users and no times: a session is taken for a user,
-its order for time. A product has one row a locale, in the locale's language, so an item is a
+Both tables may be compressed (.csv.gz). There are no users and no times: a session is taken for a
+user, its order for time. A product has one row a locale, in the locale's language, so an item is a
 product in a locale: `B01@UK`. Source:
 https://www.aicrowd.com/challenges/amazon-kdd-cup-23-multilingual-recommendation-challenge (asks
 for a login).
@@ -14,6 +16,7 @@ for a login).
 import re
 from collections import Counter
 from itertools import count
+from pathlib import Path
 
 from common.files import UserError
 from common.tables import Raw, each_row, placed, sentences
@@ -73,11 +76,20 @@ def read(folder, name) -> Raw:
     used = set(items)
     catalog, report[products.name] = read_products(products, used)
     report["items_without_metadata"] = len(used) - len(catalog)
+    notes = []
+    images = find_images(folder)
+    if images:
+        report["items_without_picture"] = len(used) - add_images(catalog, images, used)
+        notes += note_of_strangers(images, used)
     published = {}
     if wanted:
         n_users, n_items = PUBLISHED[wanted]
         published = {"users": n_users, "items": n_items, "interactions": "-", "source": "SRMML"}
-    return Raw(users, items, times, catalog, clock="order", report=report, published=published)
+    return Raw(
+        users, items, times, catalog,
+        clock="order", report=report, published=published, notes=notes,
+        image_root=str(Path(folder).resolve()),
+    )
 
 
 def read_sessions(path, locales) -> tuple:
@@ -136,6 +148,46 @@ def read_products(path, used) -> tuple:
 
     counts = each_row(path, ("id", "locale", "title"), take, ("desc", *ATTRIBUTES))
     return catalog, counts | {"duplicate_products": found["duplicate_products"]}
+
+
+def find_images(folder) -> dict:
+    """{id, or id@locale: path} of the pictures in the folder images; {} where there is none."""
+    folder = Path(folder) / "images"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return {name.rpartition(".")[0]: f"images/{name}" for name in names if "." in name[1:]}
+
+
+def pictures_in(folder) -> int:
+    """How many files lie in the folder images, which may come after the tables."""
+    return len(find_images(folder))
+
+
+def add_images(catalog, images, used) -> int:
+    """Give each item the picture of its locale, else of its product -> how many have one."""
+    pictured = 0
+    for key in used:
+        product, _, locale = key.partition("@")
+        picture = images.get(key) or images.get(product)
+        if picture:
+            unknown = {"title": "", "text": [], "language": LANGUAGES[locale]}
+            catalog.setdefault(key, unknown)["images"] = [picture]
+            pictured += 1
+    return pictured
+
+
+def note_of_strangers(images, used) -> list:
+    """A line on pictures whose name is no item's, if there are any."""
+    products = {key.partition("@")[0] for key in used}
+    known_names = used | products
+    strangers = [path for name, path in images.items() if name not in known_names]
+    if not strangers:
+        return []
+    if len(strangers) == 1:
+        return [f"1 picture is named after no item of the sessions: {strangers[0]}"]
+    return [
+        f"{len(strangers)} pictures are named after no item of the sessions, such as "
+        f"{strangers[0]}"
+    ]
 
 
 def known(*cells) -> list:

@@ -132,6 +132,28 @@ def test_a_name_is_cut_to_its_locale(tmp_path, name, sessions, n_users, n_items)
     }
 
 
+def test_pictures_that_somebody_adds(tmp_path):
+    """By product, or by product and locale; a product without a line of its own may have one."""
+    folder = write(tmp_path / "m2")
+    (folder / "images").mkdir()
+    for name in ("B09W9FND7K.jpg", "B09W9FND7K@DE.png", "B076THCGSG.webp", "B0NOBODY00.jpg", ".x"):
+        (folder / "images" / name).write_bytes(b"")
+    raw = amazon_m2.read(folder, "m2")
+    pictured = {key: row["images"] for key, row in raw.catalog.items() if row["images"]}
+    assert pictured == {
+        "B09W9FND7K@UK": ["images/B09W9FND7K.jpg"],
+        "B09W9FND7K@DE": ["images/B09W9FND7K@DE.png"],
+        "B076THCGSG@UK": ["images/B076THCGSG.webp"],
+    }
+    assert raw.catalog["B076THCGSG@UK"]["language"] == "en"
+    assert raw.image_root == str(folder.resolve())
+    assert raw.report["items_without_picture"] == len({*raw.items}) - 3
+    assert raw.notes == [
+        "1 picture is named after no item of the sessions: images/B0NOBODY00.jpg"
+    ]
+    assert amazon_m2.pictures_in(folder) == 4
+
+
 def test_one_string_per_key(tmp_path):
     raw = amazon_m2.read(write(tmp_path), "m2-uk")
     assert len({*map(id, raw.items)}) == len({*raw.items}) == 4
