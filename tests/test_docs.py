@@ -1,11 +1,15 @@
-"""What the documents say is true: the example model trains, and the links lead somewhere."""
+"""What the documents say is true: the example trains, and pages fit the code they speak of."""
 import re
+import sys
 
 import pytest
 
 from helpers import ROOT, run, write_shop
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("models/*.md"), *ROOT.glob("docs/**/*.md")])
+sys.path.insert(0, str(ROOT / "docs"))
+import check
+
+PAPERS = sorted(path.stem for path in ROOT.glob("docs/papers/*.md"))
 
 
 def test_the_example_of_the_contract_trains(tmp_path):
@@ -20,8 +24,143 @@ def test_the_example_of_the_contract_trains(tmp_path):
                                         cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if not target.startswith(("http://", "https://", "#")):
-            assert (page.parent / target.partition("#")[0]).exists(), target
+@pytest.mark.parametrize("page", check.pages_of(ROOT), ids=lambda page: page.name)
+def test_links_lead_somewhere_and_commands_parse(page):
+    text = page.read_text(encoding="utf-8")
+    assert list(check.faults_of_links(page, text)) == []
+    for command in check.commands_in(text):
+        assert check.fault_of_command(command, ROOT) is None, command
+
+
+@pytest.fixture(params=PAPERS)
+def paper(request):
+    """A page on a paper and the code it speaks of."""
+    page = ROOT / "docs" / "papers" / f"{request.param}.md"
+    code = ROOT / "models" / f"{request.param}.py"
+    return page.read_text(encoding="utf-8"), code.read_text(encoding="utf-8")
+
+
+def test_pages_on_papers_fit_the_code(paper):
+    assert list(check.faults_of_equations(*paper)) == []
+    assert list(check.faults_of_readings(*paper)) == []
+
+
+def test_every_page_on_a_paper_shows_equations_and_readings(paper):
+    page, source = paper
+    assert len(check.equations_in(page)) >= 5
+    assert len(re.findall(r"^\d+\. ", page, re.MULTILINE)) >= 5
+
+
+PAGE = """
+$$
+x = y \\tag{1}
+$$
+[`double`](../../models/toy.py#L10)
+
+$$
+a = 2 b \\tag{2a}
+$$
+[`Toy.halve`](../../models/toy.py#L15)
+
+## Readings
+
+1. **Printed:** nothing.
+2. **Printed:** less.
+"""
+CODE = '''"""Toy.
+
+ 1. the first, of eq. 9
+ 2. the second
+"""
+
+
+
+# line 9
+def double(x):
+    """Eq. (1) is eq. (1), reading 2."""
+
+
+class Toy:
+    def halve(self):
+        return 1    # eqs. (1) to (2a)
+'''
+
+
+def test_a_page_that_fits():
+    assert list(check.faults_of_equations(PAGE, CODE)) == []
+    assert list(check.faults_of_readings(PAGE, CODE)) == []
+
+
+@pytest.mark.parametrize("old, new, fault", [
+    ("#L10", "#L11", "double stands in line 10 of models/toy.py, not 11: run --fix"),
+    ("`double`", "`triple`", "equation (1) names triple, which models/toy.py lacks"),
+    ("\\tag{1}", "\\tag{3}", "equation (3) names double, whose source does not cite it"),
+    ("[`double`](../../models/toy.py#L10)", "", "equation (1) names no function below it"),
+    ("a = 2 b \\tag{2a}", "a = 2 b", "the code cites equation (2a), which the page does not show"),
+    ("2. **Printed", "3. **Printed", "reading 2 is in the head of the code and not in the page"),
+])
+def test_a_page_that_does_not_fit(old, new, fault):
+    page = PAGE.replace(old, new, 1)
+    assert page != PAGE
+    faults = [*check.faults_of_equations(page, CODE), *check.faults_of_readings(page, CODE)]
+    assert fault in faults
+
+
+def test_a_reading_that_the_head_lacks():
+    cited = CODE.replace("reading 2", "readings 2 and 7")
+    faults = list(check.faults_of_readings(PAGE, cited))
+    assert faults == ["the code cites reading 7, which its head lacks"]
+
+
+@pytest.mark.parametrize("text, numbers", [
+    ("eq. (11)", {"11"}),
+    ("eqs. (3a), (5) to (7) and (9)", {"3a", "5", "6", "7", "9"}),
+    ("eqs. 12-15, of 3 items", {"12", "13", "14", "15"}),
+    ("eqs. (8), (9), (12) to (14)", {"8", "9", "12", "13", "14"}),
+    ("the sequel of 5", set()),
+])
+def test_equations_that_a_text_cites(text, numbers):
+    assert check.cited(text) == numbers
+
+
+@pytest.mark.parametrize("command, fault", [
+    ("python train.py --model srmml --data demo --dim 8", None),
+    ("python train.py --model srmml --data demo --dims 8", "unrecognized arguments: --dims 8"),
+    ("python train.py --model srmml --data demo --modality sound", "invalid choice: 'sound'"),
+    ("python evaluate.py", "the following arguments are required: RUN"),
+    ("python trains.py", "there is no trains.py"),
+])
+def test_commands_are_parsed_and_not_run(command, fault):
+    found = check.fault_of_command(command, ROOT)
+    assert found is None if fault is None else fault in found
+
+
+def test_commands_of_a_page():
+    page = """
+```bash
+for d in 8 16; do
+  python train.py --dim $d \\
+    --out dim-$d    # a comment
+done
+X=1 python data.py demo && pip install -r requirements.txt
+```
+"""
+    assert list(check.commands_in(page)) == [
+        "python train.py --dim 8 --out dim-8",
+        "python train.py --dim 16 --out dim-16",
+        "python data.py demo",
+    ]
+
+
+@pytest.mark.parametrize("link, fits", [
+    ("../README.md", True), ("../README.md#results", True), ("#here-and-now-2", True),
+    ("../README.md#nowhere", False), ("../NOTHING.md", False), ("#there", False),
+])
+def test_links_and_anchors(link, fits):
+    page = ROOT / "docs" / "imagined.md"
+    text = f"# Here, and `now` (2)\n\n[x]({link})\n"
+    page_is_there = link.startswith("#")
+    faults = list(check.faults_of_links(page, text)) if not page_is_there else [
+        link for link in [link] if link[1:] not in check.anchors(text)
+    ]
+    assert (faults == []) == fits
