@@ -281,7 +281,7 @@ class Rows:
         self.start = on_device(starts)
         self.end = on_device(ends)
         self.first = on_device(first)     # where the whole history begins
-        self.flat = on_device(dataset.flat)
+        self.flat = on_device(np.append(dataset.flat, 0))    # a row may end where the data ends
 
     def __len__(self):
         return len(self.lengths)

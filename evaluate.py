@@ -320,12 +320,13 @@ def main():
         raise UserError("give one run folder to evaluate, or two to compare")
     ranks, made_on = [], []
     for run in args.runs:
-        model, dataset, cfg, device = open_run(Path(run), args.device, args.data)
+        opened = open_run(Path(run), args.device, args.data)
+        dataset = opened.dataset
         if not dataset.is_tested:
             raise UserError(
                 f"{run} was trained on everything (--split none): nobody is left to be tested"
             )
-        result = evaluate(model, dataset, cfg, "test", device)
+        result = evaluate(opened.model(), dataset, opened.cfg, "test", opened.device)
         print(table(Path(run).resolve().name, [summary(result)]))
         ranks.append(result["ranks"])
         made_on.append((dataset.about["sequences_sha256"], dataset.split, dataset.cut))

@@ -1,4 +1,4 @@
-"""report.html: the numbers of a run, the curves of its training, and what a few test users got.
+"""Pages: the numbers of a run, the curves of its training, what users got and what they might like.
 
 Draws what it is given and computes nothing. One file without scripts or links; titles are escaped,
 pictures are drawn anew.
@@ -55,14 +55,38 @@ def write_report(folder, label, dataset, result, log, examples):
     else:
         lead = f"{result['epochs']} epochs on everything, nothing is tested; {cost}"
         head = users = ""
-    page = f"""<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
-<h1>{title}</h1>
-<p>{lead}</p>
+    body = f"""<p>{lead}</p>
 {head}
 <h2>Training</h2>{curves(log)}
 {users}"""
-    with atomic(folder / "report.html") as file:
-        file.write(page)
+    write_page(folder / "report.html", title, body)
+
+
+def write_page(path, title, body):
+    """One file without scripts or links. title: escaped."""
+    with atomic(path) as file:
+        file.write(f"""<!doctype html><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{STYLE}</style>
+<h1>{title}</h1>
+{body}""")
+
+
+def write_recommendations(path, model, dataset, people):
+    """A page of what a model recommends.
+
+    people: (name, history: item ids, the oldest first, items ranked first) of each user.
+    """
+    sections = []
+    for name, history, best in people:
+        lately = figures(dataset, history[-6:])
+        sections.append(
+            f"<h2>{html.escape(name)}</h2><section>"
+            f"<div><h3>the last of {len(history)} items</h3>{lately}</div>"
+            f"<div><h3>recommended</h3>{figures(dataset, best)}</div></section>"
+        )
+    title = html.escape(f"{model} on {dataset.name}")
+    write_page(path, title, "\n".join(sections))
 
 
 def table(result) -> str:

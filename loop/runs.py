@@ -384,10 +384,29 @@ class Features:
     image: str
 
 
-def open_run(folder, device=None, where=None):
-    """A finished run's folder -> (model with its best weights, dataset, cfg, device).
+@dataclass
+class Run:
+    """A finished run, opened again."""
+    folder: Path
+    settings: dict        # config.json
+    module: object        # the model file
+    cfg: object
+    dataset: data.Data
+    catalog: dict
+    device: torch.device
 
-    where: the data, if it is no longer where it was in training.
+    def model(self, catalog=None):
+        """The model with its best weights; catalog: another than that of the training."""
+        catalog = catalog or self.catalog
+        model = build(self.module.Model, self.cfg, catalog, self.device, self.settings["seed"])
+        load_weights(model, self.folder / "model.safetensors")
+        return model
+
+
+def open_run(folder, device=None, where=None) -> Run:
+    """A finished run's folder -> Run. where: the data, if it is no longer where it was in training.
+
+    Raises UserError.
     """
     if not (folder / "model.safetensors").is_file():
         raise UserError(
@@ -419,6 +438,4 @@ def open_run(folder, device=None, where=None):
     features = Features(settings["text"], settings["image"])
     catalog = build_catalog(module, dataset, features, device)
     align_widths([catalog], settings.get("widths", {}))
-    model = build(module.Model, cfg, catalog, device, settings["seed"])
-    load_weights(model, folder / "model.safetensors")
-    return model, dataset, cfg, device
+    return Run(folder, settings, module, cfg, dataset, catalog, device)

@@ -53,6 +53,10 @@ class Cosine(nn.Module):
     def score(self, batch, table):
         return table[batch["seq"][:, -1]] @ table.T      # (B, N+1)
 
+    def as_product(self, batch, table):
+        """Users (B, D) and items (N+1, D) whose products are the scores."""
+        return table[batch["seq"][:, -1]], table
+
 
 Model, Config = Cosine, CosineConfig
 

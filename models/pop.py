@@ -42,6 +42,10 @@ class Pop(nn.Module):
     def score(self, batch, table):
         return table[:, 0].expand(len(batch["seq"]), -1)   # (B, N+1)
 
+    def as_product(self, batch, table):
+        """Users (B, 1) and items (N+1, 1) whose products are the scores."""
+        return table.new_ones(len(batch["seq"]), 1), table
+
 
 Model, Config = Pop, PopConfig
 

@@ -158,6 +158,10 @@ class SASRec(nn.Module):
         seq = recent(self, batch)
         return self.states(seq, table)[:, -1] @ table.T
 
+    def as_product(self, batch, table):
+        """Users (B, D) and items (N+1, D) whose products are the scores."""
+        return self.states(recent(self, batch), table)[:, -1], table
+
 
 Model, Config = SASRec, SASRecConfig
 

@@ -441,6 +441,19 @@ class SRMML(nn.Module):
             return -wasserstein(state, table["point"])                        # eq. (16)
         return state @ table["point"].T
 
+    def as_product(self, batch, table):
+        """Users (B, D) and items (N+1, D) whose products rank as the scores do.
+
+        -|s - j|^2 = 2 s.j - |j|^2 - |s|^2; the last term is the same for all items of a user.
+        """
+        state = self.states(recent(self, batch), table)[:, -1]                # (B, 2d)
+        points = table["point"]
+        if not self.cfg.use_gaussian:
+            return state, points
+        ones = state.new_ones(len(state), 1)
+        minus_squares = -points.square().sum(-1, keepdim=True)                # (N+1, 1)
+        return torch.cat([2 * state, ones], 1), torch.cat([points, minus_squares], 1)
+
 
 def distance_loss(states, items, log_scale, target):
     """Cross entropy of -W2^2 * exp(log_scale), eqs. (16), (17), of users (R, 2d), items (N+1, 2d).

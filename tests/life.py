@@ -336,7 +336,8 @@ def changed(model, change):
 
 def table(folder, device):
     """The lines of one run's table."""
-    model, dataset, cfg, device = runs.open_run(folder, device)
+    run = runs.open_run(folder, device)
+    model, dataset, cfg, device = run.model(), run.dataset, run.cfg, run.device
     if hasattr(model, "prepare"):
         model.prepare(device)
     rows = dataset.evaluated_rows("valid", cfg.max_len, device)

@@ -80,8 +80,8 @@ def test_pre_training_across_sets_with_and_without_pictures(shop, tmp_path):
     assert width("blind") == 1
     # shop has no pictures, its weights have: it is opened with the width in config.json
     folder = tmp_path / "runs" / "msm4sr-shop-0"
-    model, dataset, cfg, device = open_run(folder)
-    again = evaluate(model, dataset, cfg, "test", device)
+    opened = open_run(folder)
+    again = evaluate(opened.model(), opened.dataset, opened.cfg, "test", opened.device)
     before = metrics_of(folder)["test"]
     assert before == {key: again[key] for key in before}
     init = ("--init", "runs/msm4sr-seen-0", "--out", "again")

@@ -458,7 +458,7 @@ def test_another_cut_is_another_run(shop, tmp_path):
     folder = tmp_path / "runs" / "sasrec-shop-0"
     assert rows_of(run("evaluate.py", folder, cwd=tmp_path).stdout)
     with (folder / "config.json").open() as file:
-        dataset = open_run(folder, "cpu")[1]
+        dataset = open_run(folder, "cpu").dataset
         assert dataset.cut == json.load(file)["cut"] == days[-1]
     run("train.py", *SASREC, *SMALL, "--split", "temporal", "--out", "plain", cwd=tmp_path)
     both = ("runs/sasrec-shop-0", "plain/sasrec-shop-0")
