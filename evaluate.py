@@ -1,7 +1,7 @@
 """Ranks -> metrics. Full ranking over all items, ties against the target, padding never ranked.
 
-    python evaluate.py runs/mdsrec-demo-0                     the numbers that the training printed
-    python evaluate.py runs/mdsrec-demo-0 runs/sasrec-demo-0  and the paired difference of two runs
+    python evaluate.py runs/mdsrec-demo-0                       evaluated again
+    python evaluate.py runs/sasrec-demo-? runs/mdsrec-demo-?    one table, each against the first
 
 One target per user, so Recall@K = HR@K. Every number exists twice: over all items, and `masked`,
 where the items of the user's own history are left out of the ranking (the target itself never is).
@@ -16,7 +16,9 @@ import torch
 
 from common.files import UserError, command
 from common.progress import Bar
+from common.statistics import paired  # noqa: F401, for whoever compares ranks
 from data import COLD
+from loop import comparison
 from loop.runs import open_run
 from sources import demo
 
@@ -282,62 +284,46 @@ def demo_scale(dataset, label, result) -> str:
     return "\n".join(lines)
 
 
-# ---------------- two runs
-
-def paired(a, b, k=10, draws=10_000, seed=0) -> dict:
-    """Paired bootstrap over users of the difference in NDCG@k between two runs' ranks.
-
-    a, b: (U,) ranks of the same users in the same order -> {"difference", "low", "high"}; low and
-    high bound the 95 % interval. Raises ValueError.
-    """
-    if len(a) != len(b):
-        raise ValueError(
-            f"the runs rank {len(a)} and {len(b)} users: only runs on the same data set can be "
-            f"compared"
-        )
-    difference = gain(a, k) - gain(b, k)
-    rng = np.random.default_rng(seed)
-    means = np.array([difference[rng.integers(0, len(a), len(a))].mean() for _ in range(draws)])
-    low, high = np.quantile(means, [.025, .975])
-    return {"difference": difference.mean(), "low": low, "high": high}
-
-
-def gain(ranks, k):
-    """NDCG@k of each user."""
-    ranks = np.asarray(ranks)
-    return np.where(ranks < k, 1 / np.log2(ranks.astype(float) + 2), 0)
-
+# ---------------- finished runs
 
 def main():
+    args = arguments()
+    folders = args.runs
+    if len(folders) > 1:    # runs/* has tables and what else lies there
+        folders = [folder for folder in folders if comparison.is_run(folder)] or folders
+    if len(folders) > 1:
+        table_of_runs(folders, args.out)
+        return
+    run = open_run(folders[0], args.device, args.data)
+    if not run.dataset.is_tested:
+        raise UserError(
+            f"{run.folder} was trained on everything (--split none): nobody is left to be tested"
+        )
+    result = evaluate(run.model(), run.dataset, run.cfg, "test", run.device)
+    print(table(run.folder.resolve().name, [summary(result)]))
+
+
+def table_of_runs(folders, out=None):
+    """Print, and perhaps write, the table of several finished runs."""
+    found = comparison.compare(comparison.rows_of(folders))
+    print(comparison.markdown(found))
+    if len(found) > 1:
+        print(f"\n{comparison.NOTE}")
+    if out:
+        comparison.write(out, found)
+        print(f"\nthe table is {out}.md, its numbers {out}.json")
+
+
+def arguments():
     parser = argparse.ArgumentParser(
-        description="Evaluate a finished run; with two runs, compare them.", allow_abbrev=False
+        description="Evaluate a finished run; of several, make one table.", allow_abbrev=False
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, such as runs/mdsrec-demo-0")
-    parser.add_argument("--data", help="where the data is now (default: where it was in training)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    args = parser.parse_args()
-    if len(args.runs) > 2:
-        raise UserError("give one run folder to evaluate, or two to compare")
-    ranks, made_on = [], []
-    for run in args.runs:
-        opened = open_run(Path(run), args.device, args.data)
-        dataset = opened.dataset
-        if not dataset.is_tested:
-            raise UserError(
-                f"{run} was trained on everything (--split none): nobody is left to be tested"
-            )
-        result = evaluate(opened.model(), dataset, opened.cfg, "test", opened.device)
-        print(table(Path(run).resolve().name, [summary(result)]))
-        ranks.append(result["ranks"])
-        made_on.append((dataset.about["sequences_sha256"], dataset.split, dataset.cut))
-    if len(ranks) == 2:
-        if made_on[0] != made_on[1]:
-            both = " and ".join(args.runs)
-            raise UserError(f"{both} are runs on different data or splits: give runs on the same")
-        found = paired(*ranks)
-        print(f"\nNDCG@10 of the first minus the second: {found['difference']:+.4f}, "
-              f"95 % interval {found['low']:+.4f} to {found['high']:+.4f} "
-              f"(paired bootstrap over users)")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder, such as runs/mdsrec-demo-0")
+    add("--data", help="where the data of one run is now (default: where it was in training)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--out", type=Path, help="write the table of several runs as OUT.md and OUT.json")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,26 @@ SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 
 # ---------------- the command
 
 def main():
-    args, module = settings.parse()
+    commands = settings.one_per_model(sys.argv[1:])
+    if len(commands) == 1:
+        train_model(commands[0])
+        return
+    folders = []
+    for argv in commands:
+        of_model, table = train_model(argv, reuse=True)
+        folders += of_model
+    if table:
+        print()
+        evaluate.table_of_runs(folders, table)
+
+
+def train_model(argv, reuse=False) -> tuple:
+    """Train all seeds of one model -> the folders of its runs, and where a table of several models
+    goes, None where nothing is tested.
+
+    reuse: take a run with the same settings as it is, or go on with it.
+    """
+    args, module = settings.parse(argv)
     settings.check_flags(args)
     settings.say_what_is_not_used(args, module)
     seeds = settings.seeds_of(args)
@@ -54,11 +73,13 @@ def main():
     dataset = data.load_for(args)
     cfg = settings.configure(module, args, dataset.name, dataset.about["source"])
     catalog = runs.build_catalog(module, dataset, args, device)
-    job = Job(args, module, cfg, dataset, catalog, device)
+    job = Job(args, module, cfg, dataset, catalog, device, reuse)
     stages, weights = plan(job)
     results = [run_seed(job, stages, weights, seed) for seed in seeds]
     if len(results) > 1 and dataset.is_tested:
         print(f"mean ± sd of {len(results)} seeds\n{evaluate.table(job.label, results)}")
+    table = Path(args.out) / f"table-{dataset.name}" if dataset.is_tested else None
+    return [job.folder(seed) for seed in seeds], table
 
 
 @dataclass
@@ -145,9 +166,11 @@ def refuse_empty(job, stages):
 
 def run_seed(job, stages, weights, seed) -> dict:
     """Train and test one seed in its own folder; print and return what metrics.json holds."""
-    folder = Path(job.args.out) / f"{job.args.model}-{job.dataset.name}-{seed}"
-    with runs.run_folder(folder, runs.settings_of(job, seed), job.args.resume):
-        if job.args.resume and (folder / "metrics.json").is_file():
+    folder = job.folder(seed)
+    wanted = runs.settings_of(job, seed)
+    resume = job.args.resume or (job.reuse and runs.has_settings(folder, wanted))
+    with runs.run_folder(folder, wanted, resume):
+        if resume and (folder / "metrics.json").is_file():
             print(f"{folder} is finished")
             result = read_json(folder / "metrics.json")
         else:

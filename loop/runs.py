@@ -52,10 +52,15 @@ class Job:
     dataset: data.Data
     catalog: dict
     device: torch.device
+    reuse: bool = False   # finished runs with these settings are taken as they are
 
     @property
     def label(self):
         return f"{self.args.model} on {self.dataset.name}"
+
+    def folder(self, seed):
+        """Where the run of a seed lies."""
+        return Path(self.args.out) / f"{self.args.model}-{self.dataset.name}-{seed}"
 
 
 # ---------------- catalog and model
@@ -322,6 +327,16 @@ def run_folder(folder, settings, resume):
                 aside.rename(folder)
                 print(f"{aside} is {folder} again")
             raise
+
+
+def has_settings(folder, settings) -> bool:
+    """Whether a run was begun there with just these settings."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return not refuse_other_settings(folder, settings)
+    except UserError:
+        return False
 
 
 def refuse_other_settings(folder, settings) -> list:

@@ -182,7 +182,8 @@ def train_flags():
         add_help=False,
     )
     add = parser.add_argument
-    add("--model", required=True, help=f"{', '.join(MODELS)}, or the path of a model file")
+    add("--model", required=True,
+        help=f"{', '.join(MODELS)}, or the path of a model file; several, A,B: one table")
     extract_features.add_arguments(parser)
     add("--seed", type=int, help="seed of weights, order and dropout (default: 0)")
     add("--seeds", help="several seeds, such as 0,1,2: prints mean and standard deviation as well")
@@ -200,6 +201,19 @@ def train_flags():
     add("--out", default="runs", help="folder for run folders (default: runs)")
     add("--resume", action="store_true", help="go on where the same command was interrupted")
     return parser
+
+
+def one_per_model(argv) -> list:
+    """The command lines of `--model A,B`, one for each model; of one model, the line itself."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    given, rest = parser.parse_known_args(argv)
+    names = [name.strip() for name in (given.model or "").split(",") if name.strip()]
+    if len(names) < 2:
+        return [argv]
+    if len(set(names)) < len(names):
+        raise UserError(f"--model {given.model} names a model twice: give each once")
+    return [["--model", name, *rest] for name in names]
 
 
 def parse(argv=None):

@@ -1,0 +1,210 @@
+"""One table of many finished runs: means and spreads of seeds, and paired differences.
+
+Everything is read from the runs' folders: config.json, metrics.json and ranks-test.npy.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.files import UserError, atomic, read_json
+from common.statistics import gain, holm, interval, mean_and_spread, p_value
+
+COLUMNS = (    # heading, part of metrics.json, metric
+    ("R@10", "test", "recall@10"),
+    ("N@10", "test", "ndcg@10"),
+    ("masked R@10", "test_masked", "recall@10"),
+    ("masked N@10", "test_masked", "ndcg@10"),
+    ("warm N@10", "warm", "ndcg@10"),
+    ("cold R@10", "cold", "recall@10"),
+    ("cold N@10", "cold", "ndcg@10"),
+)
+DATA = ("sequences_sha256", "split", "cut")    # what runs in one table share
+IGNORED = ("seed", "data", "widths", "init", "model_file")    # no name for a row
+
+
+@dataclass
+class Finished:
+    """A finished run, as far as a table needs it."""
+    folder: Path
+    settings: dict
+    metrics: dict
+
+    @property
+    def ranks(self):
+        return np.load(self.folder / "ranks-test.npy", allow_pickle=False)
+
+    def number(self, part, metric):
+        """A metric over all users or of a group; None for a group that nobody is in."""
+        numbers = self.metrics.get(part) or self.metrics["groups"].get(part)
+        return numbers[metric] if numbers else None
+
+
+def finished(folder) -> Finished:
+    """Raises UserError for a folder without a finished and tested run."""
+    folder = Path(folder)
+    if not (folder / "metrics.json").is_file():
+        raise UserError(
+            f"{folder} holds no finished run (no metrics.json): finish it with --resume, or leave "
+            f"it out"
+        )
+    found = Finished(folder, read_json(folder / "config.json"), read_json(folder / "metrics.json"))
+    if "test" not in found.metrics:
+        raise UserError(f"{folder} was trained on everything (--split none): nothing was tested")
+    return found
+
+
+def is_run(folder) -> bool:
+    return (Path(folder) / "config.json").is_file()
+
+
+# ---------------- rows: runs that differ in nothing but the seed
+
+def rows_of(folders) -> dict:
+    """{name of a row: its runs}, in the order of the folders. Raises UserError for runs on
+    different data or splits."""
+    runs = [finished(folder) for folder in folders]
+    about = [tuple(run.settings.get(name) for name in DATA) for run in runs]
+    for run, own in zip(runs, about):
+        if own != about[0]:
+            raise UserError(
+                f"{runs[0].folder} and {run.folder} are runs on different data or splits: give "
+                f"runs on the same"
+            )
+    groups = {}
+    for run in runs:
+        groups.setdefault(fingerprint(run.settings), []).append(run)
+    rows = {}
+    for group in groups.values():
+        rows[name_of(group[0], groups.values(), rows)] = group
+    return rows
+
+
+def fingerprint(settings) -> str:
+    """All settings but the seed, as one string."""
+    return json.dumps(flat(settings), sort_keys=True)
+
+
+def flat(settings) -> dict:
+    both = {**settings, **settings["config"]}
+    return {name: value for name, value in both.items() if name not in (*IGNORED, "config")}
+
+
+def name_of(run, groups, taken) -> str:
+    """The model's name, and what sets a row apart from the first row of that model."""
+    model = run.settings["model"]
+    first = next(group[0] for group in groups if group[0].settings["model"] == model)
+    here, there = flat(run.settings), flat(first.settings)
+    parts = [f"{name} {here[name]}" for name in here if here[name] != there.get(name)]
+    name = ", ".join([model, *parts[:4]])
+    return name if name not in taken else f"{name} ({run.folder})"
+
+
+# ---------------- what a row says
+
+def summary(runs) -> dict:
+    """{column: [mean, spread]} of runs with different seeds, and what they cost."""
+    found = {"seeds": [run.settings["seed"] for run in runs]}
+    for heading, part, metric in COLUMNS:
+        values = [run.number(part, metric) for run in runs]
+        if None not in values:
+            found[heading] = mean_and_spread(values)
+    for name in ("best_epoch", "seconds_training", "parameters"):
+        found[name] = float(np.mean([run.metrics[name] for run in runs]))
+    found["runs"] = [str(run.folder) for run in runs]
+    return found
+
+
+def difference(runs, others) -> dict:
+    """Of a row's NDCG@10 to another's: each user's mean over seeds, paired.
+
+    Raises UserError where the ranks are not of the same users.
+    """
+    mine, theirs = gains_of(runs), gains_of(others)
+    if len(mine) != len(theirs):
+        raise UserError(
+            f"{runs[0].folder} and {others[0].folder} rank {len(mine)} and {len(theirs)} users: "
+            f"they cannot be compared"
+        )
+    differences = mine - theirs
+    low, high = interval(differences)
+    return {
+        "difference": float(differences.mean()),
+        "low": low,
+        "high": high,
+        "p": p_value(differences),
+    }
+
+
+def gains_of(runs):
+    """NDCG@10 of each user, mean over the seeds: (U,)"""
+    each = [gain(run.ranks) for run in runs]
+    if len({len(gains) for gains in each}) > 1:
+        raise UserError(f"the runs of {runs[0].folder} and its other seeds rank different users")
+    return np.mean(each, axis=0)
+
+
+def compare(rows) -> dict:
+    """{name: summary}; from the second row on with "against": the difference to the first, p by
+    Holm over all of them."""
+    names = list(rows)
+    found = {name: summary(runs) for name, runs in rows.items()}
+    against = [difference(rows[name], rows[names[0]]) for name in names[1:]]
+    for name, one, p in zip(names[1:], against, holm([one["p"] for one in against])):
+        found[name]["against"] = {"first": names[0], **one, "p_holm": p}
+    return found
+
+
+# ---------------- how it is shown
+
+def markdown(found) -> str:
+    """The table of `compare` as Markdown."""
+    head = ["", *(heading for heading, _, _ in COLUMNS), "epoch", "seconds", "weights"]
+    first = next(iter(found))
+    several = len(found) > 1
+    if several:
+        head += [f"N@10 against {first}", "p (Holm)"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in found.items():
+        cells = [shown(*row[heading]) if heading in row else "" for heading, _, _ in COLUMNS]
+        cells += [f"{row['best_epoch']:.0f}", f"{row['seconds_training']:.0f}"]
+        cells.append(f"{row['parameters']:.0f}")
+        if several:
+            cells += shown_difference(row.get("against"))
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def shown(mean, spread=math.nan) -> str:
+    """.0903 ± .0012"""
+    text = f"{mean:.4f}".removeprefix("0") if mean else "0"
+    if spread > 0:    # not nan either: of one seed
+        text += f" ± {spread:.4f}".replace(" 0.", " .")
+    return text
+
+
+def shown_difference(against) -> list:
+    """Two cells: the difference with its interval, and its corrected p value."""
+    if against is None:
+        return ["", ""]
+    signed = [f"{against[name]:+.4f}".replace("0.", ".") for name in ("difference", "low", "high")]
+    p = against["p_holm"]
+    return [f"{signed[0]} ({signed[1]} to {signed[2]})", f"{p:.4f}".removeprefix("0")]
+
+
+NOTE = (
+    "Differences: each user's NDCG@10, mean over seeds, with the 95 % interval of the bootstrap "
+    "over users, and p of the permutation test over users, by Holm for all rows together."
+)
+
+
+def write(path, found):
+    """The table as path.md and path.json."""
+    note = f"\n\n{NOTE}\n" if len(found) > 1 else "\n"
+    with atomic(path.with_name(f"{path.name}.md")) as file:
+        file.write(markdown(found) + note)
+    with atomic(path.with_name(f"{path.name}.json")) as file:
+        json.dump(found, file, indent=1)
+        file.write("\n")
