@@ -1,5 +1,7 @@
 """Split, rows and batches against loops over users; users with 1, 2 and 3 items; the split at a
 time."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -335,6 +337,41 @@ def test_batches_are_full_and_weigh_alike(tmp_path):
     lengths = [batch["seq"].shape[1] for batch in batches]
     gaps = np.abs(np.diff(lengths))
     assert gaps.mean() > 1    # neighbours differ: batches do not come in the order of their lengths
+
+
+# ---------------- the catalog
+
+def test_the_catalog_says_what_the_items_have(tmp_path):
+    folder = write_csv(tmp_path / "own", ["a,x,1", "a,y,2", "a,z,3", "a,w,4"])
+    items = [
+        {"item": "z", "title": "Cup", "brand": "Acme", "language": "fr", "images": ["no.png"]},
+        {"item": "x", "brand": "Acme", "language": "de", "images": ["no.png", "film", "p.png"]},
+        {"item": "y", "language": "fr", "images": ["film"]},
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "p.png").write_bytes(b"x")
+    (folder / "film").mkdir()
+    dataset = data.load(folder, root=tmp_path / "data")
+    keys = [item["key"] for item in dataset.items]
+    reads = ("has_text", "has_image", "lang", "train_seqs", "titles", "image_paths")
+    catalog = dataset.catalog(reads)
+    assert catalog["n_items"] == 4 and keys[0] == ""
+    assert [keys[item] for item in catalog["train_seqs"][0]] == ["x", "y"]
+
+    def of_items(name):
+        column = catalog[name]
+        column = column.tolist() if torch.is_tensor(column) else column
+        return dict(zip(keys, column))
+
+    no, yes = False, True
+    assert of_items("has_text") == {"": no, "x": yes, "y": no, "z": yes, "w": no}
+    assert of_items("has_image") == {"": no, "x": yes, "y": yes, "z": no, "w": no}
+    assert of_items("titles") == {"": "", "x": "Acme", "y": "", "z": "Cup. Acme", "w": ""}
+    # w has no language, and that is a language of its own: "", "de", "fr"
+    assert of_items("lang") == {"": 0, "w": 1, "x": 2, "y": 3, "z": 3}
+    paths = of_items("image_paths")
+    assert paths.pop("x").endswith("p.png") and set(paths.values()) == {None}
+    assert dataset.catalog(()) == {"n_items": 4}
 
 
 # ---------------- the processed folder
