@@ -369,18 +369,18 @@ def test_the_optimizer_is_that_of_the_settings(kind):
 
 
 def test_each_epoch_has_its_own_chance_and_learning_rate(shop, tmp_path, monkeypatch):
-    epochs = []
+    epochs, started = [], []
 
     def watched(trainer, rows, rng, where):
         order = np.concatenate([index for _, index in rows.epoch(16, rng)])
         rates = [group["lr"] for group in trainer.optimizer.param_groups]
         chance = rng.random(), torch.rand(()).item(), np.random.random()
-        first = trainer.weights[-1].flatten()[0].item()
-        epochs.append((where, rows.kind, rates, order.tolist(), chance, first))
+        weight = trainer.weights[-1][-1, -1].item()
+        epochs.append((where, rows.kind, rates, order.tolist(), chance, weight))
         return {"next_item": 0.}
 
     monkeypatch.setattr(train, "train_epoch", watched)
-    monkeypatch.setattr(train, "start_from", lambda *args: None)
+    monkeypatch.setattr(train, "start_from", lambda model, weights, job: started.append(weights))
     text = (ROOT / "tests" / "loop" / "toy.py").read_text()
     for old, new in (
         ('"cosine"', '"linear"'),
@@ -392,7 +392,7 @@ def test_each_epoch_has_its_own_chance_and_learning_rate(shop, tmp_path, monkeyp
     (tmp_path / "linear.py").write_text(text)
     flags = ("--pretrain_epochs", 2, "--epochs", 5, "--patience", 9, "--lr", .2, "--seeds", "0,1")
     run("train.py", "--model", "linear.py", "--data", "shop", *flags, cwd=tmp_path)
-    where, kinds, rates, orders, chances, firsts = zip(*epochs)
+    where, kinds, rates, orders, chances, weights = zip(*epochs)
     assert where == 2 * (
         "pretrain epoch 1", "pretrain epoch 2", *(f"train epoch {n}" for n in range(1, 6))
     )
@@ -405,7 +405,9 @@ def test_each_epoch_has_its_own_chance_and_learning_rate(shop, tmp_path, monkeyp
     assert len({tuple(sorted(order)) for order in orders[2:7]}) == 1
     for draws in zip(*chances):    # another for each seed, stage and epoch
         assert len(set(draws)) == 14
-    assert firsts[2] != firsts[9]    # each seed begins with other weights
+    assert weights[2] != weights[9]    # each seed begins with other weights
+    # and its second stage with those of its first
+    assert [state["item.weight"][-1, -1].item() for state in started] == [weights[1], weights[8]]
 
 
 def test_schedules():
