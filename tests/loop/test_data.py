@@ -1,5 +1,7 @@
 """Split, rows and batches against loops over users; users with 1, 2 and 3 items; the split at a
 time."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,10 @@ def test_a_share_of_the_users_trains_and_all_are_evaluated(shop, tmp_path):
     assert part.train_counts.sum() == sum(map(len, part.train_seqs))
     for split in ("valid", "test"):
         assert part.targets[split].tolist() == whole.targets[split].tolist()
+    # the same users each time, drawn at random
+    assert data.load(shop, root=tmp_path / "data", train_share=.25).train_seqs == part.train_seqs
+    users = [user for user, seq in enumerate(part.train_seqs) if seq]
+    assert users != list(range(len(users)))
 
 
 DAYS = [f"{'ab'[t % 2]},i{t},2022-09-{t + 1:02}" for t in range(20)]    # two users in turn
@@ -132,12 +138,22 @@ def test_the_cuts_can_be_chosen(tmp_path, cut, bounds):
     assert bounds_of(dataset) == bounds
 
 
+def test_the_last_moment_can_be_all_that_is_tested(tmp_path):
+    folder = write_csv(tmp_path / "days", DAYS)
+    cut = "2022-09-19,2022-09-20"
+    dataset = data.load(folder, root=tmp_path / "data", split="temporal", cut=cut)
+    last = dataset.offsets[2] - 1    # user b's, on the 20th
+    assert dataset.targets["test"].tolist() == [-1, last]
+
+
 @pytest.mark.parametrize("cut, split, sentence", [
     ("soon", "temporal", "--cut soon is not understood: give one or two dates"),
     ("2022-09-11,", "temporal", "is not understood"),
     ("1,2,3", "temporal", "is not understood"),
     ("2022-09-15,2022-09-11", "temporal", "must name the earlier cut first"),
     (".9,.8", "temporal", "must name the earlier cut first"),
+    (".8,.8", "temporal", "must name the earlier cut first"),
+    ("2022-09-01,2022-09-11", "temporal", "leaves nothing to train on"),
     ("2023-01-01,2023-02-01", "temporal", "between 2022-09-01 and 2022-09-20"),
     ("1", "temporal", "is not understood"),
     ("01/02/2022", "temporal", "whether the day or the month stands first"),
@@ -174,6 +190,7 @@ def test_the_split_that_came_with_the_data(tmp_path):
 
     assert [named(seq) for seq in dataset.train_seqs] == [["t1", "t2"], ["t1"], ["t2"], []]
     assert named(histories(dataset)[0]) == ["t1", "t2", "v2", "v1", "s1", "s2"]
+    assert dataset.times[:6].tolist() == [5, 6, 4, 9, 2, 3]
     targets = {
         split: [keys[dataset.flat[place]] if place >= 0 else None for place in places]
         for split, places in dataset.targets.items()
@@ -232,6 +249,17 @@ def test_evaluated_rows(dataset, max_len):
             # uncut, whatever max_len is
             assert seen[n].tolist() == [0] * (20 - len(history)) + history
             assert rows.flat[rows.end[n]] == items[-back]
+            assert (rows.lengths[n], rows.history[n]) == (len(expected), len(history))
+
+
+def test_rows_of_some_users_are_kept_apart_from_everybodys(shop, tmp_path):
+    """A validation of some users has the same ones each time, drawn at random, each once."""
+    dataset, again = (data.load(shop, root=tmp_path / "data") for _ in range(2))
+    some = dataset.evaluated_rows("valid", 50, most=40).users.tolist()
+    assert some == again.evaluated_rows("valid", 50, most=40).users.tolist()
+    assert len(set(some)) == 40 and some != list(range(40))
+    assert len(dataset.evaluated_rows("valid", 50)) == dataset.n_users
+    assert dataset.evaluated_rows("valid", 3).lengths.max() == 3
 
 
 def training_examples(dataset, kind, max_len):
@@ -280,6 +308,23 @@ def test_epochs_differ_and_are_repeatable(dataset):
     assert order([0, 1]) == order([0, 1]) != order([0, 2])
 
 
+def test_other_rows_meet_in_each_epoch(dataset):
+    rows = dataset.training_rows("sequences", 50)
+
+    def batches(seed):
+        epoch = rows.epoch(8, np.random.default_rng(seed))
+        return {frozenset(index.tolist()) for _, index in epoch}
+
+    assert len(batches(1) & batches(2)) < len(batches(1)) / 2
+
+
+def test_batches_of_prefixes_have_equal_numbers_of_rows(dataset):
+    rows = dataset.training_rows("prefixes", 50)
+    sizes = [len(index) for _, index in rows.epoch(8, np.random.default_rng(0))]
+    assert len(rows) % 8 and len(sizes) == len(rows) // 8 + 1
+    assert set(sizes) <= {7, 8}
+
+
 def test_batches_are_full_and_weigh_alike(tmp_path):
     dataset = data.load(write_shop(tmp_path / "big", users=4000), root=tmp_path / "data")
     rows = dataset.training_rows("sequences", 50)
@@ -289,6 +334,44 @@ def test_batches_are_full_and_weigh_alike(tmp_path):
     assert targets.min() >= .85 * targets.mean()
     places = sum(batch["seq"].numel() for batch in batches)
     assert targets.sum() / places > .93    # hardly any padding is left
+    lengths = [batch["seq"].shape[1] for batch in batches]
+    gaps = np.abs(np.diff(lengths))
+    assert gaps.mean() > 1    # neighbours differ: batches do not come in the order of their lengths
+
+
+# ---------------- the catalog
+
+def test_the_catalog_says_what_the_items_have(tmp_path):
+    folder = write_csv(tmp_path / "own", ["a,x,1", "a,y,2", "a,z,3", "a,w,4"])
+    items = [
+        {"item": "z", "title": "Cup", "brand": "Acme", "language": "fr", "images": ["no.png"]},
+        {"item": "x", "brand": "Acme", "language": "de", "images": ["no.png", "film", "p.png"]},
+        {"item": "y", "language": "fr", "images": ["film"]},
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "p.png").write_bytes(b"x")
+    (folder / "film").mkdir()
+    dataset = data.load(folder, root=tmp_path / "data")
+    keys = [item["key"] for item in dataset.items]
+    reads = ("has_text", "has_image", "lang", "train_seqs", "titles", "image_paths")
+    catalog = dataset.catalog(reads)
+    assert catalog["n_items"] == 4 and keys[0] == ""
+    assert [keys[item] for item in catalog["train_seqs"][0]] == ["x", "y"]
+
+    def of_items(name):
+        column = catalog[name]
+        column = column.tolist() if torch.is_tensor(column) else column
+        return dict(zip(keys, column))
+
+    no, yes = False, True
+    assert of_items("has_text") == {"": no, "x": yes, "y": no, "z": yes, "w": no}
+    assert of_items("has_image") == {"": no, "x": yes, "y": yes, "z": no, "w": no}
+    assert of_items("titles") == {"": "", "x": "Acme", "y": "", "z": "Cup. Acme", "w": ""}
+    # w has no language, and that is a language of its own: "", "de", "fr"
+    assert of_items("lang") == {"": 0, "w": 1, "x": 2, "y": 3, "z": 3}
+    paths = of_items("image_paths")
+    assert paths.pop("x").endswith("p.png") and set(paths.values()) == {None}
+    assert dataset.catalog(()) == {"n_items": 4}
 
 
 # ---------------- the processed folder
@@ -322,14 +405,23 @@ def test_statistics_are_exact(tmp_path):
         assert line in words, printed
 
 
-@pytest.mark.parametrize("occurrences, cold", [(9, True), (10, False)])
-def test_ten_training_occurrences_are_not_cold(tmp_path, occurrences, cold):
+def test_a_cell_is_filled_once(tmp_path):
+    lines = ["a,x,1", "a,y,2", "a,x,3", "b,x,1"]
+    dataset = data.load(write_csv(tmp_path / "again", lines), root=tmp_path / "data")
+    assert data.statistics(dataset)["empty cells of users x items"] == (1, 4)
+
+
+@pytest.mark.parametrize("occurrences, cold, unseen", [
+    (0, True, True), (1, True, False), (9, True, False), (10, False, False),
+])
+def test_ten_training_occurrences_are_not_cold(tmp_path, occurrences, cold, unseen):
     lines = ["a,y,1", "a,z,2", "a,x,3"]
     for u in range(occurrences):
         lines += [f"u{u},x,1"]
     dataset = data.load(write_csv(tmp_path / "few", lines), root=tmp_path / "data")
-    shown = data.statistics(dataset)["cold test targets (< 10 training occurrences)"]
-    assert shown == (int(cold), 1)
+    shown = data.statistics(dataset)
+    assert shown["cold test targets (< 10 training occurrences)"] == (int(cold), 1)
+    assert shown["unseen test targets (no training occurrence)"] == (int(unseen), 1)
 
 
 @pytest.mark.parametrize("name, users, items, interactions", [

@@ -1,5 +1,6 @@
 """Ranks and metrics against an independent slow implementation, cases worked out by hand, and the
 ways in which evaluations cheat."""
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from evaluate import (
     paired,
     rank_of_target,
     ranks_of,
+    summary,
     table,
 )
 from helpers import write_shop
@@ -121,12 +123,14 @@ def test_the_inputs_are_left_as_they_were():
 # ---------------- a model on a data set
 
 class Scorer(torch.nn.Module):
-    """Scores by a fixed table of (last item, next item) numbers, with ties."""
+    """Scores by a fixed table of (last item, next item) numbers, with ties; padding has the best.
+    """
 
     def __init__(self, n_items, seed=0):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
         self.table = (torch.randn(n_items + 1, n_items + 1, generator=g) * 4).round()
+        self.table[:, 0] = 99
 
     def encode_items(self):
         return {"rows": self.table}
@@ -160,6 +164,35 @@ def test_evaluation_equals_a_slow_loop_over_users(dataset):
         assert result["ranks_masked"].tolist() == masked
         assert result["ndcg@10"] == metrics(plain)["ndcg@10"]
         assert result["masked"]["ndcg@10"] == metrics(masked)["ndcg@10"] > result["ndcg@10"]
+
+
+class Watched(Scorer):
+    """Writes down what it is shown, and how it is asked."""
+
+    def __init__(self, n_items):
+        super().__init__(n_items)
+        self.shown = {}       # user -> items
+        self.asked = set()    # (in training, how floats are multiplied)
+
+    def score(self, batch, table):
+        for user, seq in zip(batch["user"].tolist(), batch["seq"].tolist()):
+            self.shown[user] = [item for item in seq if item]
+        self.asked.add((self.training, torch.get_float32_matmul_precision()))
+        return super().score(batch, table)
+
+
+def test_a_model_is_shown_the_whole_history_and_ranks_with_all_it_has(dataset):
+    """Without dropout, and with exact products of matrices, whatever the training had."""
+    model = Watched(dataset.n_items)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        evaluate(model, dataset, SimpleNamespace(max_len=50), "test", "cpu")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert model.asked == {(False, "highest")}
+    assert model.shown == {u: items[:-1] for u, items in enumerate(histories_of(dataset))}
 
 
 @pytest.mark.parametrize("budget", [1, 100, 10 ** 6])
@@ -204,12 +237,82 @@ def test_groups_part_the_users(dataset):
     assert groups.get("cold", {"users": 0})["users"] == (counts[targets] < 10).sum()
 
 
+def write_uneven_shop(folder):
+    """A shop in which every group has users, and some users have none: they are not evaluated."""
+    write_shop(folder)
+    own = {
+        "few1": "i1 i2", "few2": "i3", "long20": "i4 i5 " * 10, "long21": "i6 " * 21,
+        "once": "rare i1 i2 rare", "never": "i1 i2 i3 new",
+    }
+    with open(folder / "interactions.csv", "a") as file:
+        for user, items in own.items():
+            # before all others, so that the numbers of later users are no places of rows
+            lines = [f"{user},{item},{1_400_000_000 + t}\n" for t, item in enumerate(items.split())]
+            file.writelines(lines)
+    (folder / "p.png").write_bytes(b"x")
+    with open(folder / "items.jsonl", "w") as file:
+        for n, item in enumerate(["rare", "new", *(f"i{i}" for i in range(30))]):
+            title, images = "red cup" * (n % 3 > 0), ["p.png"] * (n % 4 > 0)
+            row = {"item": item, "title": title, "images": images}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def slow_groups(dataset, history, target):
+    """The names of the groups that a user is in."""
+    count = sum(seq.count(target) for seq in dataset.train_seqs)
+    long = [low for low in (1, 5, 10, 20) if low <= len(history)]
+    item = dataset.items[target]
+    return [
+        "cold" if count < 10 else "warm",
+        *["unseen"] * (count == 0),
+        {1: "history 1-4", 5: "history 5-9", 10: "history 10-19", 20: "history 20+"}[long[-1]],
+        "with text" if item["title"] else "without text",
+        "with image" if item["images"] else "without image",
+    ]
+
+
+@pytest.mark.parametrize("split, back", [("valid", 2), ("test", 1)])
+def test_groups_equal_a_slow_loop_over_users(tmp_path, split, back):
+    dataset = data.load(write_uneven_shop(tmp_path / "shop"), root=tmp_path / "data")
+    model = Scorer(dataset.n_items)
+    result = evaluate(model, dataset, SimpleNamespace(max_len=4), split, "cpu")
+    users = [items for items in histories_of(dataset) if len(items) > 2]
+    plain, masked = {}, {}    # group -> ranks
+    for items in users:
+        history, target = items[:-back], items[-back]
+        scores = model.table[history[-1]].tolist()
+        for name in slow_groups(dataset, history, target):
+            plain.setdefault(name, []).append(slow_rank(scores, target))
+            masked.setdefault(name, []).append(slow_rank(scores, target, history))
+    for found, expected in (("groups", plain), ("groups_masked", masked)):
+        assert result[found] == {
+            name: {"users": len(ranks), **metrics(ranks)} for name, ranks in expected.items()
+        }
+    assert result["users"] == len(users) == dataset.n_users - 2
+    assert len(plain) == 11 if split == "test" else "unseen" not in plain
+    kept = summary(result)
+    assert kept["test"] == {name: result[name] for name in metrics([0])}
+    assert kept["test_masked"] == result["masked"] != kept["test"]
+    assert kept["groups"] == result["groups"] != kept["groups_masked"] == result["groups_masked"]
+
+
+def test_some_users_can_be_evaluated(dataset):
+    model, cfg = Scorer(dataset.n_items), SimpleNamespace(max_len=50)
+    everybody = evaluate(model, dataset, cfg, "valid", "cpu")["ranks"]
+    some = evaluate(model, dataset, cfg, "valid", "cpu", most=7)
+    users = dataset.evaluated_rows("valid", 50, "cpu", most=7).users
+    assert some["users"] == 7
+    assert some["ranks"].tolist() == everybody[users].tolist()
+
+
 def test_examples_are_what_the_ranks_say(dataset):
     cfg = SimpleNamespace(max_len=50)
     model = Scorer(dataset.n_items)
     ranks = evaluate(model, dataset, cfg, "test", "cpu")["ranks"].tolist()
     found = examples(model, dataset, cfg, "cpu", users=7)
     assert len(found) == 7
+    assert found == examples(model, dataset, cfg, "cpu", users=7)    # drawn once and for all
     histories = histories_of(dataset)
     for example in found:
         user = histories.index([*example["history"], example["target"]])
@@ -219,17 +322,26 @@ def test_examples_are_what_the_ranks_say(dataset):
 
 
 def test_a_table_has_means_and_deviations_of_seeds():
-    def summary(value):
-        numbers = dict.fromkeys(metrics([0]), value)
-        groups = {"cold": {"users": 3, **numbers}}
-        return {"test": numbers, "test_masked": numbers, "groups": groups,
-                "groups_masked": groups, "users": 9}
+    def summary_of(value):
+        plain, masked, group, group_masked = (
+            dict.fromkeys(metrics([0]), value + more) for more in (0, .1, .2, .3)
+        )
+        return {
+            "test": plain,
+            "test_masked": masked,
+            "groups": {"cold": {"users": 3, **group}},
+            "groups_masked": {"cold": {"users": 3, **group_masked}},
+            "users": 9,
+        }
 
-    one = table("m on d", [summary(.25)]).splitlines()
-    assert one[1].split() == ["m", "on", "d", "9", *["0.2500"] * 4, "masked", *["0.2500"] * 2]
-    assert one[2].split()[:3] == ["cold", "3", "0.2500"]
-    two = table("m on d", [summary(.25), summary(.35)])
-    assert f"0.3000 ±{np.std([.25, .35], ddof=1):.4f}" in two
+    one = table("m on d", [summary_of(.25)]).splitlines()
+    assert one[1].split() == ["m", "on", "d", "9", *["0.2500"] * 4, "masked", *["0.3500"] * 2]
+    assert one[2].split() == ["cold", "3", *["0.4500"] * 4, "masked", *["0.5500"] * 2]
+    two = table("m on d", [summary_of(.25), summary_of(.35)]).splitlines()
+    spread = f"±{np.std([.25, .35], ddof=1):.4f}"
+    first, second = two[1].split("masked")
+    assert first.split() == ["m", "on", "d", "9", *["0.3000", spread] * 4]
+    assert second.split() == ["0.4000", spread] * 2
 
 
 # ---------------- the demo's scale
@@ -266,8 +378,15 @@ def test_paired_difference():
     assert same["difference"] == same["low"] == same["high"] == 0
     better = paired([max(0, rank - 5) for rank in ranks], ranks, draws=500)
     assert 0 < better["low"] < better["difference"] < better["high"]
+    assert better == paired([max(0, rank - 5) for rank in ranks], ranks, draws=500)
     with pytest.raises(ValueError):
         paired(ranks, ranks[1:])
+
+
+def test_the_difference_is_that_of_ndcg_at_10():
+    found = paired([0, 9], [1, 10], draws=1)    # rank 10 is the eleventh place
+    expected = (1 - 1 / math.log2(3) + 1 / math.log2(11) - 0) / 2
+    assert found["difference"] == pytest.approx(expected)
 
 
 def test_the_interval_holds_95_percent():

@@ -12,6 +12,7 @@ import torch
 import data as datasets
 import train
 from common.files import UserError, alone_in, load_tensors
+from evaluate import metrics
 from extract_features import features
 from helpers import ROOT, refused, run, write_shop
 from loop.runs import open_run
@@ -52,7 +53,9 @@ def test_a_run_and_its_evaluation(shop, tmp_path):
     best = max(log, key=lambda line: line["valid"]["ndcg@10"])
     assert result["best_epoch"] == best["epoch"]
     assert result["valid"] == best["valid"]
-    assert len(np.load(folder / "ranks-test.npy")) == result["users"] == 60
+    ranks = np.load(folder / "ranks-test.npy")
+    assert len(ranks) == result["users"] == 60
+    assert metrics(ranks) == result["test"] != result["test_masked"]
     again = run("evaluate.py", folder, cwd=tmp_path).stdout
     assert rows_of(done.stdout) == rows_of(again)
     assert len(rows_of(again)) >= 5
@@ -108,6 +111,34 @@ def test_the_epoch_that_validation_chooses_is_the_one_that_is_tested(shop, tmp_p
     assert result["best_epoch"] == best and result["epochs"] == 4
     assert result["valid"] == log[best - 1]["valid"]
     assert result["valid_masked"] == log[best - 1]["valid_masked"]
+
+
+@pytest.mark.parametrize("mask_history, best", [(False, 2), (True, 3)])
+def test_the_best_epoch_has_the_best_ndcg_at_10(tmp_path, monkeypatch, mask_history, best):
+    scripts = [    # one an epoch: of recall, NDCG, masked NDCG
+        (.9, .1, .1), (.5, .3, .2), (.1, .2, .3), (.1, .3, .3),
+    ]
+
+    def scripted(model, dataset, cfg, split, device, most):
+        assert split == "valid" and most == 7
+        recall, ndcg, masked = scripts[progress.epoch - 1]
+        return {
+            "recall@10": recall, "ndcg@10": ndcg,
+            "masked": {"recall@10": 1 - recall, "ndcg@10": masked},
+        }
+
+    monkeypatch.setattr(train.evaluate, "evaluate", scripted)
+    args = SimpleNamespace(valid_users=7, mask_history=mask_history)
+    job = SimpleNamespace(args=args, dataset=None, cfg=None, device=None)
+    model, path = torch.nn.Linear(1, 1), tmp_path / "model.safetensors"
+    progress = train.Progress("train")
+    for epoch in range(1, 5):
+        torch.nn.init.constant_(model.weight, epoch)
+        progress.epoch = epoch
+        train.validate(job, model, progress, path)
+    assert progress.best_epoch == best and progress.checked == 4
+    assert progress.best == .3
+    assert load_tensors(path)[0]["weight"].item() == best
 
 
 @pytest.mark.parametrize("flags", [
@@ -296,29 +327,87 @@ def test_gradients_are_clipped():
     assert norm.item() == pytest.approx(.5, rel=1e-4)
 
 
-def test_each_epoch_has_its_own_order_and_learning_rate(shop, tmp_path, monkeypatch):
-    epochs = []
+def test_a_step_follows_the_gradient_of_all_terms_of_its_own_batch():
+    model = torch.nn.Linear(3, 1).eval()
+    optimizer = train.optimizer_of(model, SimpleNamespace(weight_decay=0.), 1e-2)
+
+    def losses(batch):
+        assert model.training    # dropout is on
+        return {"next_item": model(batch).sum(), "other": 2 * model.weight.sum()}
+
+    trainer = train.Trainer(model, losses, optimizer, torch.device("cpu"), 2)
+    batches = Rows([torch.ones(2, 3), torch.full((2, 3), 5.)])
+    train.train_epoch(trainer, batches, None, "epoch 1")
+    assert model.weight.grad.tolist() == [[12, 12, 12]]    # 2 rows of 5, and 2
+
+
+@pytest.mark.parametrize("term, named", [
+    (lambda weight: torch.tensor(torch.inf), "the loss other"),    # its gradient is finite
+    (lambda weight: (0 * weight).sqrt().sum(), "the gradient"),    # its value is
+])
+def test_a_step_is_bad_by_its_loss_or_its_gradient_alone(term, named):
+    model = torch.nn.Linear(3, 1)
+    optimizer = train.optimizer_of(model, SimpleNamespace(weight_decay=0.), 1e-2)
+    before = model.weight.detach().clone()
+
+    def losses(batch):
+        return {"next_item": model.weight.sum(), "other": term(model.weight)}
+
+    trainer = train.Trainer(model, losses, optimizer, torch.device("cpu"), 2)
+    with pytest.raises(UserError, match=f"step 0: {named} is not finite"):
+        train.train_epoch(trainer, Rows([None, None]), None, "epoch 1")    # the first is named
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_the_optimizer_is_that_of_the_settings(kind):
+    cfg = SimpleNamespace(optimizer=kind, weight_decay=.25)
+    optimizer = train.optimizer_of(torch.nn.Linear(3, 1), cfg, 1e-2)
+    assert type(optimizer) is {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
+    group, = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-2, .25)
+
+
+def test_each_epoch_has_its_own_chance_and_learning_rate(shop, tmp_path, monkeypatch):
+    epochs, started = [], []
 
     def watched(trainer, rows, rng, where):
         order = np.concatenate([index for _, index in rows.epoch(16, rng)])
-        epochs.append((where, trainer.lr, order.tolist()))
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        chance = rng.random(), torch.rand(()).item(), np.random.random()
+        weight = trainer.weights[-1][-1, -1].item()
+        epochs.append((where, rows.kind, rates, order.tolist(), chance, weight))
         return {"next_item": 0.}
 
     monkeypatch.setattr(train, "train_epoch", watched)
-    (tmp_path / "linear.py").write_text((ROOT / "tests" / "loop" / "toy.py").read_text().replace(
-        '"cosine"', '"linear"'))
-    monkeypatch.setattr(train, "start_from", lambda *args: None)
-    flags = ("--pretrain_epochs", 1, "--epochs", 5, "--patience", 9, "--lr", .2)
+    monkeypatch.setattr(train, "start_from", lambda model, weights, job: started.append(weights))
+    text = (ROOT / "tests" / "loop" / "toy.py").read_text()
+    for old, new in (
+        ('"cosine"', '"linear"'),
+        ("self.started = 0", "self.shift = nn.Parameter(torch.zeros(3)); self.started = 0"),
+        ("return [{", 'return [{"params": [self.shift]}, {'),    # a group at the common rate
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "linear.py").write_text(text)
+    flags = ("--pretrain_epochs", 2, "--epochs", 5, "--patience", 9, "--lr", .2, "--seeds", "0,1")
     run("train.py", "--model", "linear.py", "--data", "shop", *flags, cwd=tmp_path)
-    assert [where for where, _, _ in epochs] == [
-        "pretrain epoch 1", *(f"train epoch {n}" for n in range(1, 6))
-    ]
-    # half the rate, as its param_groups say, falling by a fifth each epoch
-    rates = [rate for _, rate, _ in epochs[1:]]
-    assert rates == pytest.approx([.1, .08, .06, .04, .02])
-    orders = [order for _, _, order in epochs[1:]]
-    assert len({tuple(order) for order in orders}) == 5
-    assert len({tuple(sorted(order)) for order in orders}) == 1
+    where, kinds, rates, orders, chances, weights = zip(*epochs)
+    assert where == 2 * (
+        "pretrain epoch 1", "pretrain epoch 2", *(f"train epoch {n}" for n in range(1, 6))
+    )
+    assert kinds == 2 * (*["items"] * 2, *["prefixes"] * 5)
+    # the second group has half the rate, as param_groups says; all fall with the stage's epochs
+    expected = [[1e-3], [5e-4], [.2, .1], [.16, .08], [.12, .06], [.08, .04], [.04, .02]]
+    for found, wanted in zip(rates, 2 * expected):
+        assert found == pytest.approx(wanted)
+    assert len(set(map(tuple, orders[2:7]))) == 5
+    assert len({tuple(sorted(order)) for order in orders[2:7]}) == 1
+    for draws in zip(*chances):    # another for each seed, stage and epoch
+        assert len(set(draws)) == 14
+    assert weights[2] != weights[9]    # each seed begins with other weights
+    # and its second stage with those of its first
+    assert [state["item.weight"][-1, -1].item() for state in started] == [weights[1], weights[8]]
 
 
 def test_schedules():
@@ -446,7 +535,7 @@ def test_without_a_split_all_epochs_are_trained_and_nothing_is_tested(shop, tmp_
 
 @pytest.mark.parametrize("model", ["pop", "msm4sr"])
 def test_other_models_without_a_split(shop, tmp_path, model):
-    flags = SMALL if model == "msm4sr" else CONTENT
+    flags = (*SMALL, "--pretrain_epochs", 2) if model == "msm4sr" else CONTENT
     run("train.py", "--model", model, "--data", "shop", *flags, "--split", "none", "--seeds", "0,1",
         cwd=tmp_path)
     assert "test" not in metrics_of(tmp_path / "runs" / f"{model}-shop-1")

@@ -8,9 +8,9 @@ cosine = load_model_file("cosine")
 
 
 def test_pop_counts_the_training_part():
-    model = pop.Model(pop.Config(), {"n_items": 4, "train_seqs": [[1, 2, 2], [2, 4], []]})
+    model = pop.Model(pop.Config(), {"n_items": 5, "train_seqs": [[1, 2, 2], [2, 4], []]})
     scores = model.score({"seq": torch.ones(2, 3, dtype=torch.long)}, model.encode_items())
-    assert scores.tolist() == [[0, 1, 3, 0, 1]] * 2
+    assert scores.tolist() == [[0, 1, 3, 0, 1, 0]] * 2
 
 
 def test_cosine_ranks_by_likeness_to_the_last_item():

@@ -268,6 +268,7 @@ def test_a_sequence_longer_than_max_len_is_cut_to_its_end(name, tmp_path):
     cut = {key: value[:, -5:] if value.dim() > 1 else value for key, value in batch.items()}
     table = model.encode_items()
     torch.testing.assert_close(model.score(batch, table), model.score(cut, table))
+    torch.testing.assert_close(next_item(model, batch), next_item(model, cut))    # targets as well
     assert all(loss.isfinite() for loss in model(batch).values())
 
 
