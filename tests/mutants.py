@@ -14,19 +14,22 @@ A list begins with the file that is changed and the tests that must fail; then c
     + return a_squared + b_squared + 2 * (a @ b.mT)
 
 A change whose note begins with "equivalent:" is one that no test can tell from the code, and says
-why; it is expected to live. Several - lines follow each other in the file. Not part of the normal
-tests: a change takes as long as its tests do until one fails.
+why; it is expected to live. Several - lines follow each other in the file. The tests must pass
+without a change, or nothing is tried. Not part of the normal tests: a change takes as long as its
+tests do until one fails. For Linux and macOS.
 """
 import argparse
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "tests" / "mutations"
@@ -78,19 +81,50 @@ def find(wanted, source, path, number):
     return found[0]
 
 
-def lives(mutant, copy) -> bool:
-    """Whether all tests pass in a copy of the project with one change."""
+# ---------------- one change
+
+def outcome(copy, tests) -> tuple:
+    """Run tests in a copy of the project, in a child of this process, which has torch already.
+
+    -> (pytest's exit code, None where they hung; the first test that failed, or "")
+    """
+    log = copy.parent / "log"
+    child = os.fork()
+    if child == 0:
+        try:
+            run_here(copy, tests, log)
+        finally:
+            os._exit(3)    # pytest itself failed
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return (None if code < 0 else code), (failed or [""])[0].rpartition("::")[2]
+
+
+def run_here(copy, tests, log):
+    """In the child: leave for the copy, run pytest, and end with its exit code."""
+    os.setsid()
+    os.chdir(copy)
+    own = [str(copy), str(copy / "tests")]
+    sys.path[:] = own + [path for path in sys.path if not path.startswith(str(ROOT))]
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.alarm(LIMIT)
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'tmp'}"]
+    code = pytest.main([*options, *tests])
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
+def attempt(mutant, copy) -> tuple:
+    """The outcome of a copy with one change, which is then taken back."""
     target = copy / mutant.file
-    source = (ROOT / mutant.file).read_text(encoding="utf-8")
+    source = target.read_text(encoding="utf-8")
     target.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
-    shutil.rmtree(target.parent / "__pycache__", ignore_errors=True)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
-    own = dict(os.environ, PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     try:
-        done = subprocess.run(command, cwd=copy, env=own, capture_output=True, timeout=LIMIT)
-        return done.returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+        return outcome(copy, mutant.tests)
     finally:
         target.write_text(source, encoding="utf-8")
 
@@ -101,20 +135,30 @@ def copied(folder):
     return Path(shutil.copytree(ROOT, folder, ignore=unwanted))
 
 
-def try_all(mutants, jobs):
-    """(mutant, lives, seconds) of each, as they are done."""
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
-        free = [copied(Path(scratch) / str(job)) for job in range(jobs)]
+# ---------------- lists
 
-        def attempt(mutant):
-            copy = free.pop()
-            begin = time.time()
-            try:
-                return mutant, lives(mutant, copy), time.time() - begin
-            finally:
-                free.append(copy)
-
-        yield from pool.map(attempt, mutants)
+def try_list(name, only, copy) -> int:
+    """Try the changes of one list, print what came of each; how many live that should not."""
+    mutants = read_list(LISTS / f"{name}.txt")
+    code, failed = outcome(copy, mutants[0].tests)
+    if code != 0:
+        raise SystemExit(f"{name}: the tests fail without any change ({failed or code})")
+    counts = {"killed": 0, "equivalent": 0, "LIVES": 0}
+    for mutant in mutants:
+        if only and str(mutant.number) not in only:
+            continue
+        begin = time.time()
+        code, failed = attempt(mutant, copy)
+        verdict = "killed"
+        if code == 0:
+            verdict = "equivalent" if mutant.equivalent else "LIVES"
+        counts[verdict] += 1
+        why = f"  [{failed or 'it hung'}]" if verdict == "killed" else ""
+        print(f"  {verdict:<10} {time.time() - begin:4.0f} s  {mutant.number}. {mutant.note}{why}",
+              flush=True)
+    print(f"{name}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}",
+          flush=True)
+    return counts["LIVES"]
 
 
 def main():
@@ -122,23 +166,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lists", nargs="*", help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--only", help="numbers of changes, such as 3,7")
-    parser.add_argument("--jobs", type=int, default=1, help="changes that are tried at a time")
     args = parser.parse_args()
-    bad = 0
-    for name in args.lists or names:
-        mutants = read_list(LISTS / f"{name}.txt")
-        if args.only:
-            mutants = [mutant for mutant in mutants if str(mutant.number) in args.only.split(",")]
-        counts = {"killed": 0, "equivalent": 0, "LIVES": 0}
-        for mutant, alive, seconds in try_all(mutants, args.jobs):
-            verdict = "killed"
-            if alive:
-                verdict = "equivalent" if mutant.equivalent else "LIVES"
-            counts[verdict] += 1
-            print(f"  {verdict:<10} {seconds:4.0f} s  {mutant.number}. {mutant.note}", flush=True)
-        print(f"{name}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}")
-        bad += counts["LIVES"]
-    return 1 if bad else 0
+    only = args.only.split(",") if args.only else []
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = copied(Path(scratch) / "copy")
+        return sum(try_list(name, only, copy) for name in args.lists or names) > 0
 
 
 if __name__ == "__main__":
