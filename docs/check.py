@@ -25,7 +25,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\[`([\w.]+)`\]\((\.\./\.\./models/(\w+)\.py)#L(\d+)\)")
-CITED = re.compile(r"\beqs?\.((?:,? |, and | and | to |-|\(?\d+[a-z]?\)?)+)")    # eqs. (3) to (5)
+CITED = re.compile(r"\beqs?\.((?: to |,? and |-|\(?\d+[a-z]?\)?|,? )+)")    # eqs. (3) to (5), 8
 
 
 def pages_of(root):
@@ -76,12 +76,13 @@ def between(first, last) -> set:
 def definitions(source) -> dict:
     """{"name" or "Class.name": (line, its source)} of all functions and classes."""
     found = {}
+    lines = source.splitlines()
 
     def visit(node, prefix):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
                 name = prefix + child.name
-                found[name] = child.lineno, ast.get_source_segment(source, child)
+                found[name] = child.lineno, "\n".join(lines[child.lineno - 1:child.end_lineno])
                 if isinstance(child, ast.ClassDef):
                     visit(child, f"{name}.")
 
@@ -243,7 +244,8 @@ def main():
         for page in sorted(ROOT.glob("docs/papers/*.md")):
             page.write_text(fixed(page.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
     faults = faults_of(ROOT)
-    print(*faults, sep="\n")
+    for fault in faults:
+        print(fault)
     return 1 if faults else 0
 
 

@@ -348,10 +348,10 @@ class MDSRec(nn.Module):
         B, L = seq.shape
         x = F.embedding(seq, items) + self.position[-L:]                            # eqs. (7), (9)
         x = self.dropout(self.norm(x))                                              # (B, L, D)
-        last = torch.arange(L, device=seq.device) == L - 1
-        real = (seq != 0) | last    # an empty history looks at its last place: softmax needs a key
+        real = seq != 0
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
-        itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # all that padding may look at
+        # all that padding may look at, and an empty history: a softmax needs a key
+        itself = torch.eye(L, dtype=torch.bool, device=seq.device)
         mask = ((causal & real[:, None]) | itself)[:, None]                         # (B, 1, L, L)
         E_c = None
         if E_hat_c is not None:
