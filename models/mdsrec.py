@@ -348,10 +348,10 @@ class MDSRec(nn.Module):
         B, L = seq.shape
         x = F.embedding(seq, items) + self.position[-L:]                            # eqs. (7), (9)
         x = self.dropout(self.norm(x))                                              # (B, L, D)
-        last = torch.arange(L, device=seq.device) == L - 1
-        real = (seq != 0) | last    # an empty history looks at its last place: softmax needs a key
+        real = seq != 0
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
-        itself = torch.eye(L, dtype=torch.bool, device=seq.device)    # all that padding may look at
+        # all that padding may look at, and an empty history: a softmax needs a key
+        itself = torch.eye(L, dtype=torch.bool, device=seq.device)
         mask = ((causal & real[:, None]) | itself)[:, None]                         # (B, 1, L, L)
         E_c = None
         if E_hat_c is not None:
@@ -426,6 +426,15 @@ class MDSRec(nn.Module):
             y_m = e_tilde[m][:, -1] @ table[m].T                          # eq. (21)
             scores = scores + self.rho[m] * y_m                           # eq. (22)
         return scores
+
+    def as_product(self, batch, table):
+        """Users (B, 3 D) and items (N+1, 3 D) whose products are the scores: eq. (22) as one."""
+        e_s, e_tilde = self.states(recent(self, batch), table)
+        users, items = [e_s[:, -1]], [table["item"]]
+        for m in MODALITIES:
+            users.append(self.rho[m] * e_tilde[m][:, -1])
+            items.append(table[m])
+        return torch.cat(users, 1), torch.cat(items, 1)
 
 
 Model, Config = MDSRec, MDSRecConfig

@@ -1,10 +1,12 @@
 """MDSRec's parts against naive loops in float64, written from the paper's equations."""
 import math
 import random
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from loop.settings import load_model_file
 
@@ -37,6 +39,20 @@ def make(**settings):
 def co_occurrence(max_len, **settings):
     """O as a dense matrix."""
     return mdsrec.co_occurrence(make_seqs(), N, max_len, **settings)[0].to_dense()
+
+
+# ---------------- settings
+
+def test_settings_that_the_paper_states():
+    cfg = mdsrec.Config()
+    stated = dict(dim=300, batch_size=512, optimizer="adam", patience=10, neighbors=10, centers=32)
+    stated |= dict(mu_id=16, mu_modal=.2)
+    stated |= dict(use_dis=True, use_cre=True, use_mrgc=True, use_ica=True, rho_image=.5)
+    assert {name: getattr(cfg, name) for name in stated} == stated
+    best = {"scientific": (5, 16), "pantry": (10, 16), "baby": (10, 32), "sports": (20, 32),
+            "clothing": (15, 64)}
+    for name, (neighbors, centers) in best.items():
+        assert mdsrec.PRESETS[name] == dict(neighbors=neighbors, centers=centers)
 
 
 # ---------------- graphs and clusters
@@ -97,6 +113,18 @@ def test_centres_are_means_of_members_eqs_10_11():
     assert mdsrec.k_means(features, 5).equal(C)
 
 
+def test_a_few_items_far_away_have_a_centre_of_their_own_eq_10():
+    """The first centres are far from each other, so that no large group of items takes all."""
+    features = torch.zeros(101, 2)
+    features[1:] = torch.randn(100, 2) / 100 + torch.tensor([10., 0.])
+    features[50:52] = torch.tensor([0., 10.])
+    features[98:101] = torch.tensor([-10., 0.])
+    found = mdsrec.k_means(features, 3).bool()
+    sizes = sorted(found.sum(1).tolist())
+    assert sizes == [2, 3, 95]
+    assert [50, 51] in [row.nonzero()[:, 0].tolist() for row in found]
+
+
 def test_clusters_of_nothing_and_of_equal_items():
     assert not mdsrec.k_means(torch.zeros(9, 4), 3).any()
     assert (mdsrec.k_means(torch.ones(9, 4), 3).sum(1) > 0).sum() == 1
@@ -122,11 +150,24 @@ def test_graphs_and_clusters_of_each_modality_eqs_3_4_5_10(max_len):
     assert torch.equal(model.O.to_dense(), O)
 
 
+def test_the_noise_is_gumbels_eq_19():
+    """Between two centres that are alike, at tau = 1, gamma is uniform: a difference of two Gumbel
+    numbers is logistic. With logistic noise, as printed, it would be near 0 or 1 more often."""
+    gamma = make(tau=1.).train().interest(*two_centres(4000))[..., 0]
+    for share in (.1, .3, .5, .9):
+        assert (gamma < share).double().mean() == pytest.approx(share, abs=.03)
+
+
+def two_centres(users):
+    """e of zeros, and two centres of which the first one's weight can be read in place 0."""
+    centers = torch.zeros(users, 1, 2, 8)
+    centers[:, :, 0, 0] = 1
+    return torch.zeros(users, 1, 8), centers
+
+
 def test_gumbel_noise_and_its_temperature_in_training():
     """Between two centres that are alike, gamma is sharp at a small tau and even at a large one."""
-    e = torch.zeros(4000, 1, 8)
-    centers = torch.zeros(4000, 1, 2, 8)
-    centers[:, :, 0, 0] = 1
+    e, centers = two_centres(4000)
     for tau, extreme in ((.01, .95), (100., 0.)):
         model = make(tau=tau).train()
         gamma = model.interest(e, centers)[..., 0]
@@ -134,7 +175,26 @@ def test_gumbel_noise_and_its_temperature_in_training():
         assert gamma.mean() == pytest.approx(.5, abs=.05)
 
 
+def test_gamma_is_exact_under_autocast_eq_19():
+    """100 and 100.25 are one number in bfloat16; at tau = .05 they are e^5 apart."""
+    torch.set_default_dtype(torch.float32)
+    model = make(tau=.05).eval()
+    e, centers = two_centres(1)
+    e[..., 7] = 1
+    centers[0, 0, :, 7] = torch.tensor([100.25, 100.])
+    with torch.autocast("cpu", torch.bfloat16):
+        gamma = model.interest(e, centers)[0, 0, 0]
+    assert gamma == pytest.approx(1 / (1 + math.exp(-5)), abs=.01)
+
+
 # ---------------- item tables
+
+def test_weights_start_small_and_padding_at_zero():
+    model = make(dim=64, heads=4, max_len=50)
+    assert not model.item.weight[0].any()
+    for weight in (model.item.weight[1:], model.position, model.encoders["id"][0].query.weight):
+        assert weight.std().item() == pytest.approx(.02, rel=.15)
+
 
 def test_item_tables_eqs_3_6():
     model = make()
@@ -144,8 +204,9 @@ def test_item_tables_eqs_3_6():
     for i in range(N + 1):
         mixed = E[i] + 16.0 * sum(O[i, j] * E[j] for j in range(N + 1))
         torch.testing.assert_close(table["id"][i], mixed)
-        neighbours = model.graphs["text"][i]
-        torch.testing.assert_close(table["text"][i], sum(E[j] for j in neighbours) / 4)
+        for m in ("text", "image"):
+            neighbours = model.graphs[m][i]
+            torch.testing.assert_close(table[m][i], sum(E[j] for j in neighbours) / 4)
     assert not table["image"][0].any()
 
 
@@ -163,8 +224,11 @@ def test_co_occurrence_is_mixed_in_float32_and_with_its_gradient():
 # ---------------- sequences and centres
 
 @torch.no_grad()
-def naive_block(block, queries, keys, look):
-    """Attention of each query over keys[j] with look(q, j), feed-forward, residuals: loops."""
+def naive_block(block, queries, keys, look, dropped=1):
+    """Attention of each query over keys[j] with look(q, j), feed-forward, residuals: loops.
+
+    dropped: what stands for dropout, a factor.
+    """
     d = queries.shape[1] // block.heads
     Q, K, V = block.query(queries), block.key(keys), block.value(keys)
     rows = []
@@ -176,8 +240,10 @@ def naive_block(block, queries, keys, look):
             weight = {j: math.exp(Q[q, part] @ K[j, part] / math.sqrt(d)) for j in seen}
             total = sum(weight.values())
             heads.append(sum(weight[j] / total * V[j, part] for j in seen))    # eqs. (12), (13)
-        g = block.norm1(queries[q] + block.out(torch.cat(heads)))              # eq. (14)
-        rows.append(block.norm2(g + block.outer(F.gelu(block.inner(g)))))      # eq. (15)
+        g = block.norm1(queries[q] + dropped * block.out(torch.cat(heads)))    # eq. (14)
+        inner = block.inner(g)
+        inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2              # GELU
+        rows.append(block.norm2(g + dropped * block.outer(inner)))             # eq. (15)
     return torch.stack(rows)
 
 
@@ -198,6 +264,47 @@ def test_sequence_and_centres_eqs_7_to_16():
             # the centres of the next layer read the sequence of the next layer
         torch.testing.assert_close(last[b, 0], x[-1])
         torch.testing.assert_close(own[b, 0], e)
+
+
+@torch.no_grad()
+def test_dropout_of_inputs_and_after_attention_and_feed_forward():
+    model = make(layers=1)
+    model.dropout.forward = lambda x: 3 * x
+    block = model.encoders["id"][0]
+    block.dropout.forward = lambda x: 2 * x
+    items = model.encode_items()["id"]
+    found, _ = model.encode("id", torch.tensor([[5, 2, 9]]), items)
+    x = 3 * model.norm(items[[5, 2, 9]] + model.position[-3:])
+    torch.testing.assert_close(found[0, 0], naive_block(block, x, x, lambda q, j: j <= q, 2)[-1])
+
+
+def test_dropout_in_training_alone():
+    model = make(dropout=.25)
+    assert {part.p for part in model.modules() if isinstance(part, nn.Dropout)} == {.25}
+    batch = {"seq": torch.tensor([[1, 2, 3]]), "target": torch.tensor([[2, 3, 4]])}
+    attention = F.scaled_dot_product_attention
+    for mode, expected in ((model.train, .25), (model.eval, 0.)):
+        mode()
+        with mock.patch.object(F, "scaled_dot_product_attention", wraps=attention) as watched:
+            model(batch)
+        assert {call.kwargs["dropout_p"] for call in watched.call_args_list} == {expected}
+
+
+@torch.no_grad()
+def test_an_empty_history_is_one_of_padding_alone():
+    model = make().eval()
+    items = model.encode_items()["text"]
+    centers = model.clusters["text"] @ items
+    found = model.encode("text", torch.zeros(1, 4, dtype=torch.long), items, centers)
+    alone = model.encode("text", torch.zeros(1, 1, dtype=torch.long), items, centers)
+    x = model.norm(items[:1] + model.position[-1:])
+    e = model.norm(centers)
+    for block in model.encoders["text"]:
+        e = naive_block(block, e, x, lambda q, j: True)
+        x = naive_block(block, x, x, lambda q, j: True)
+    for states, own in (found, alone):
+        torch.testing.assert_close(states[0], x)
+        torch.testing.assert_close(own[0, 0], e)
 
 
 @torch.no_grad()
@@ -274,6 +381,51 @@ def test_scores_and_losses_eqs_17_to_24():
         torch.testing.assert_close(losses[name], -factor * p.log())
 
 
+@pytest.mark.parametrize("prefixes", [True, False])
+def test_gradients_of_the_loss_eqs_3_6_11_23_24(prefixes):
+    """Reading 3: ids learn through eqs. (3), (6) and (11). Each weight is moved a little along a
+    random direction: the loss changes by its gradient."""
+    torch.manual_seed(0)
+    model = make(prefixes=prefixes, layers=1).eval()
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=.2)
+    seq = torch.tensor([[0, 4, 5, 2, 9], [1, 2, 3, 4, 5]])
+    target = torch.tensor([[0, 5, 2, 9, 7], [2, 3, 4, 5, 6]])
+
+    def loss():
+        return sum(model({"seq": seq, "target": target}).values())
+
+    loss().backward()
+    for name, weight in model.named_parameters():
+        direction = torch.randn_like(weight)
+        found = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight += step * direction
+                found.append(loss())
+                weight -= step * direction
+        slope = (found[0] - found[1]) / 2e-5
+        expected = (weight.grad * direction).sum()
+        torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_losses_are_means_over_the_rows_eq_23():
+    model = make().eval()
+    seq = torch.tensor([[0, 4, 5, 2, 9], [1, 2, 3, 4, 5], [0, 0, 0, 0, 8]])
+    target = torch.tensor([[7], [6], [1]])
+    together = model({"seq": seq, "target": target})
+    alone = [model({"seq": seq[i:i + 1], "target": target[i:i + 1]}) for i in range(3)]
+    for name, loss in together.items():
+        torch.testing.assert_close(loss, sum(losses[name] for losses in alone) / 3)
+
+
+def test_the_newest_items_of_a_long_history_are_read():
+    model = make(max_len=3).eval()
+    table = model.encode_items()
+    found = model.score({"seq": torch.tensor([[7, 8, 1, 2, 3]])}, table)
+    assert torch.equal(found, model.score({"seq": torch.tensor([[1, 2, 3]])}, table))
+
+
 def test_noise_in_training_only():
     model = make()
     batch = {"seq": torch.tensor([[1, 2, 3]])}
@@ -302,6 +454,32 @@ def test_ablations_change_the_scores(setting):
 def test_without_neighbours_every_modality_is_the_ids():
     model = make(neighbors=0)
     assert torch.equal(model.encode_items()["text"], model.item.weight)
+
+
+@torch.no_grad()
+def test_without_mrgc_a_linear_map_of_the_features_and_ids_with_co_occurrence():
+    model = make(use_mrgc=False)
+    table = model.encode_items()
+    image = make_features(7)
+    image[3] = 0
+    for m, features in (("text", make_features(5)), ("image", image)):
+        unit = features / features.norm(dim=1, keepdim=True).clamp(min=1e-9)
+        expected = unit @ model.maps[m].weight.T + model.maps[m].bias
+        torch.testing.assert_close(table[m], expected)
+    E = model.item.weight
+    torch.testing.assert_close(table["id"], E + 16 * co_occurrence(max_len=10) @ E)
+
+
+@torch.no_grad()
+def test_without_ica_each_modality_predicts_by_its_last_state():
+    model = make(use_ica=False, rho_image=.3).eval()
+    table = model.encode_items()
+    seq = torch.tensor([[4, 5, 2, 9]])
+    text = model.encode("text", seq, table["text"])[0][0, 0]
+    image = model.encode("image", seq, table["image"])[0][0, 0]
+    e_s = model.encode("id", seq, table["id"])[0][0, 0] + .7 * text + .3 * image
+    expected = table["item"] @ e_s + .7 * table["text"] @ text + .3 * table["image"] @ image
+    torch.testing.assert_close(model.score({"seq": seq}, table)[0], expected)
 
 
 def test_without_cre_the_graphs_lose_co_occurrence_and_the_ids_keep_it():
