@@ -648,6 +648,26 @@ def test_without_the_probabilistic_model_items_are_fixed_vectors():
     torch.testing.assert_close(model(batch)["next_item"], expected)
 
 
+def test_the_settings_that_the_paper_states():
+    cfg = srmml.Config()
+    assert cfg.gate_scale == 2                   # eq. (7)
+    assert cfg.patience == 50                    # the rest: Implementation Details
+    assert cfg.dropout in (.3, .5, .7)
+    assert cfg.lr in (1e-3, 1e-4)
+    assert cfg.dim in (8, 16, 32, 64, 128)
+    assert cfg.layers in (1, 2, 3, 4)
+    assert cfg.heads in (1, 2, 4, 8, 16)
+
+
+def test_weights_start_small_but_for_the_fusion():
+    """STOSA's .02; the fusion keeps torch's own start, or its parts would not act."""
+    model = srmml.Model(srmml.Config(dim=64), make_catalog())
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and not name.startswith("fusion."):
+            assert weight.std() == pytest.approx(.02, rel=.2), name
+    assert model.fusion.P["text"][0].weight.std() > .1
+
+
 def test_the_temperature_starts_where_it_should():
     def fresh(**settings):
         return srmml.Model(srmml.Config(dim=16, **settings), make_catalog()).log_scale
