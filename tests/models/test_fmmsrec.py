@@ -486,6 +486,16 @@ def test_positions_are_counted_from_the_end(training, monkeypatch):
 
 
 @torch.no_grad()
+def test_of_a_long_history_the_newest_items_are_read():
+    model = make(max_len=4)
+    table = model.encode_items()
+    long = torch.randint(1, N + 1, (3, 9))
+    batch, newest = ({"seq": seq, "target": seq} for seq in (long, long[:, -4:]))
+    torch.testing.assert_close(model.score(batch, table), model.score(newest, table))
+    assert values(model(batch)) == pytest.approx(values(model(newest)))
+
+
+@torch.no_grad()
 def test_a_new_model_hears_the_order_of_a_history():
     """Measured by what a changed item does: positions that the features drown would not reach a
     hundredth of it."""
