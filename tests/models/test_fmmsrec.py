@@ -319,6 +319,12 @@ def check_slope(loss, weight, at, rel=1e-4):
     assert found[at].item() == pytest.approx(((up - down) / 2e-6).item(), rel=rel)
 
 
+def check_steepest_slope(loss, weight):
+    """The gradient of a matrix where it is largest."""
+    steepest = torch.autograd.grad(loss(), weight)[0].abs().argmax()
+    check_slope(loss, weight, divmod(int(steepest), weight.shape[1]))
+
+
 @pytest.mark.parametrize("name", [
     "encoder.f_NN.text.0.weight", "encoder.blocks.0.query.weight", "encoder.mask", "position",
 ])
@@ -330,8 +336,7 @@ def test_gradients_of_both_towers_by_finite_differences(name):
     def loss():
         return model(batch)["next_item"]
 
-    steepest = torch.autograd.grad(loss(), weight)[0].abs().argmax()
-    check_slope(loss, weight, divmod(int(steepest), weight.shape[1]))
+    check_steepest_slope(loss, weight)
 
 
 @torch.no_grad()
@@ -698,6 +703,18 @@ def test_wrong_pairs_are_wrong(monkeypatch):
             assert text == j and image in whole and image != j
             text, image = place_of(pairs[6 + j, 0], 0), place_of(pairs[6 + j, 1], 1)
             assert image == j and text in whole and text != j
+
+
+@pytest.mark.parametrize("name", ["pwc", "pwm", "text", "image", "text+image"])
+def test_gradients_of_pre_training_by_finite_differences(name):
+    """Both sides of a contrast are trained, and true pairs as well as wrong ones."""
+    model = make("Pretrain")
+    items = some_items(*range(1, 9))
+
+    def loss():
+        return model(items)[name]
+
+    check_steepest_slope(loss, model.encoder.blocks[0].outer.weight)
 
 
 def test_the_two_views_differ_by_dropout_only():
