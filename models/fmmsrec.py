@@ -279,7 +279,8 @@ def info_nce(a, b, real, scale):
 
 
 def hard_negatives(logits, real, draw=True):
-    """For each row another item that is real (B,): drawn with softmax(logits), or the likeliest.
+    """Wrong partners for eq. (5): for each row another item that is real (B,), drawn with
+    softmax(logits), or the likeliest.
 
     logits (B, B) -> (B,)
     """

@@ -62,6 +62,15 @@ def cosine(a, b):
 # ---------------- both towers, token by token
 
 @torch.no_grad()
+def naive_layer(layer, x):
+    """A single layer, f_NN or a projection: a linear map, and a LayerNorm."""
+    linear, norm = layer
+    y = linear.weight @ x + linear.bias
+    deviation = torch.sqrt(((y - y.mean()) ** 2).mean() + 1e-5)
+    return (y - y.mean()) / deviation * norm.weight + norm.bias
+
+
+@torch.no_grad()
 def naive_block(block, x, seen):
     """Attention of each token over those that are seen, feed-forward, residuals."""
     d = D // block.heads
@@ -90,7 +99,9 @@ def naive_tokens(encoder, items, position=None):
     for place, item in enumerate(items):
         for i, (m, features) in enumerate(zip(encoder.modalities, item)):
             missing = features is None
-            E = encoder.mask[0] if missing else encoder.f_NN[m](features)    # eqs. (1), (2)
+            E = encoder.mask[0]
+            if not missing:
+                E = naive_layer(encoder.f_NN[m], features)    # eqs. (1), (2)
             E = E + encoder.modality[i]
             if position is not None:
                 E = E + position[place]
@@ -110,7 +121,7 @@ def naive_pool(encoder, tokens, seen):
     h = []
     for m, x, see in zip(encoder.modalities, tokens, seen):
         if see:
-            h.append(encoder.project[m](encoder.final(x)))
+            h.append(naive_layer(encoder.project[m], encoder.final(x)))
     return torch.stack(h).max(0).values
 
 
@@ -232,11 +243,34 @@ def test_features_are_standardised_over_the_items_that_have_them():
     x = 3 * torch.randn(50, 4) + 100
     x[:, 3] = 7
     has = torch.rand(50) > .3
+    x[~has] = math.nan    # what is missing is never read
     found = fmmsrec.standardised(x, has)
     torch.testing.assert_close(found[has][:, :3].mean(0), torch.zeros(3))
     torch.testing.assert_close(found[has][:, :3].std(0, correction=0), torch.ones(3))
     assert not found[~has].any() and not found[:, 3].any()
     assert not fmmsrec.standardised(x, has & False).any()
+
+
+def test_the_encoder_reads_standardised_features():
+    """Of each dimension: mean 0 and deviation 1 over the items that have the modality."""
+    catalog = make_catalog()
+    for m in fmmsrec.MODALITIES:
+        catalog[m] = .03 * catalog[m] + 5
+    encoder = make(catalog=catalog).encoder
+    for m, missing in MISSING.items():
+        there = [i for i in range(N + 1) if i not in missing]
+        for d in range(catalog[m].shape[1]):
+            x = [catalog[m][i, d].item() for i in there]
+            mean = sum(x) / len(x)
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in x) / len(x))
+            expected = [(value - mean) / deviation for value in x]
+            assert encoder.features[m][there, d].tolist() == pytest.approx(expected)
+
+
+def test_blocks_are_twice_as_wide_inside():
+    for block in make().encoder.blocks:
+        assert block.inner.weight.shape == (2 * D, D)
+        assert block.outer.weight.shape == (D, 2 * D)
 
 
 def test_a_catalog_is_left_as_it_was():
@@ -285,6 +319,12 @@ def check_slope(loss, weight, at, rel=1e-4):
     assert found[at].item() == pytest.approx(((up - down) / 2e-6).item(), rel=rel)
 
 
+def check_steepest_slope(loss, weight):
+    """The gradient of a matrix where it is largest."""
+    steepest = torch.autograd.grad(loss(), weight)[0].abs().argmax()
+    check_slope(loss, weight, divmod(int(steepest), weight.shape[1]))
+
+
 @pytest.mark.parametrize("name", [
     "encoder.f_NN.text.0.weight", "encoder.blocks.0.query.weight", "encoder.mask", "position",
 ])
@@ -296,8 +336,7 @@ def test_gradients_of_both_towers_by_finite_differences(name):
     def loss():
         return model(batch)["next_item"]
 
-    steepest = torch.autograd.grad(loss(), weight)[0].abs().argmax()
-    check_slope(loss, weight, divmod(int(steepest), weight.shape[1]))
+    check_steepest_slope(loss, weight)
 
 
 @torch.no_grad()
@@ -449,6 +488,16 @@ def test_positions_are_counted_from_the_end(training, monkeypatch):
     torch.testing.assert_close(model.score(batch, table), scores)
     model.position[-1] += torch.randn(D)    # of the last place
     assert not torch.allclose(model.score(batch, table), scores)
+
+
+@torch.no_grad()
+def test_of_a_long_history_the_newest_items_are_read():
+    model = make(max_len=4)
+    table = model.encode_items()
+    long = torch.randint(1, N + 1, (3, 9))
+    batch, newest = ({"seq": seq, "target": seq} for seq in (long, long[:, -4:]))
+    torch.testing.assert_close(model.score(batch, table), model.score(newest, table))
+    assert values(model(batch)) == pytest.approx(values(model(newest)))
 
 
 @torch.no_grad()
@@ -656,6 +705,18 @@ def test_wrong_pairs_are_wrong(monkeypatch):
             assert image == j and text in whole and text != j
 
 
+@pytest.mark.parametrize("name", ["pwc", "pwm", "text", "image", "text+image"])
+def test_gradients_of_pre_training_by_finite_differences(name):
+    """Both sides of a contrast are trained, and true pairs as well as wrong ones."""
+    model = make("Pretrain")
+    items = some_items(*range(1, 9))
+
+    def loss():
+        return model(items)[name]
+
+    check_steepest_slope(loss, model.encoder.blocks[0].outer.weight)
+
+
 def test_the_two_views_differ_by_dropout_only():
     items = some_items(1, 2, 4, 6, 7, 9)
     plain = make("Pretrain").train()
@@ -790,6 +851,10 @@ def test_a_third_modality_is_one_more_name(monkeypatch):
     for weight in (*model.parameters(), *pretrain.parameters()):
         assert weight.grad.isfinite().all()
     model.init_from(pretrain.state_dict())
+
+
+def test_both_stages_have_the_papers_one_rate():
+    assert fmmsrec.Config().pretrain_lr == fmmsrec.Config().lr == 1e-3
 
 
 @pytest.mark.parametrize("setting, value", [
