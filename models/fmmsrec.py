@@ -487,6 +487,10 @@ class FMMSRec(nn.Module):
         seq = recent(self, batch)
         return self.last_state(seq, table) @ table["item"].T
 
+    def as_product(self, batch, table):
+        """Users (B, D) and items (N+1, D) whose products are the scores."""
+        return self.last_state(recent(self, batch), table), table["item"]
+
 
 Model, Config = FMMSRec, FMMSRecConfig
 
