@@ -171,7 +171,8 @@ def written_out(text):
     match = loop.search(text)
     while match:
         name, words, body = match.groups()
-        copies = [re.sub(rf"\$\{{?{name}\b\}}?", word, body) for word in words.split()]
+        words = shlex.split(words)
+        copies = [re.sub(rf"\$\{{?{name}\b\}}?", word, body) for word in words]
         text = text[:match.start()] + "\n".join(copies) + text[match.end():]
         match = loop.search(text)
     return text.splitlines()
