@@ -1,0 +1,159 @@
+"""One table of many runs: what is one row, what a row says, and several models at once."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from common.files import UserError
+from common.statistics import gain, holm, p_value
+from evaluate import metrics
+from helpers import refused, run, write_shop
+from loop import comparison
+
+ONCE = ("--epochs", 1)
+
+
+def write_run(folder, ranks, model="sasrec", seed=0, cold=None, **settings):
+    """A finished run, as far as a table reads it."""
+    folder.mkdir(parents=True)
+    config = {"dim": settings.pop("dim", 8)}
+    about = {"model": model, "seed": seed, "split": "leave-one-out", "cut": None, "data": "/x",
+             "sequences_sha256": "abc", "config": config, **settings}
+    (folder / "config.json").write_text(json.dumps(about))
+    groups = {"warm": metrics(ranks)} | ({"cold": metrics(cold)} if cold is not None else {})
+    numbers = {"test": metrics(ranks), "test_masked": metrics(np.maximum(np.array(ranks) - 1, 0)),
+               "groups": groups, "best_epoch": 3, "seconds_training": 2. + seed, "parameters": 100}
+    (folder / "metrics.json").write_text(json.dumps(numbers))
+    np.save(folder / "ranks-test.npy", np.array(ranks))
+    return folder
+
+
+@pytest.fixture
+def ranks():
+    rng = np.random.default_rng(0)
+    return {
+        ("sasrec", 0): rng.geometric(.05, 200), ("sasrec", 1): rng.geometric(.05, 200),
+        ("mdsrec", 0): rng.geometric(.2, 200), ("mdsrec", 1): rng.geometric(.2, 200),
+        ("pop", 0): rng.geometric(.05, 200),
+    }
+
+
+@pytest.fixture
+def folders(tmp_path, ranks):
+    return [
+        write_run(tmp_path / f"{model}-shop-{seed}", these, model, seed, cold=these[:5])
+        for (model, seed), these in ranks.items()
+    ]
+
+
+def test_a_row_is_a_model_with_all_its_seeds(folders, ranks):
+    found = comparison.compare(comparison.rows_of(folders))
+    assert list(found) == ["sasrec", "mdsrec", "pop"]
+    assert found["sasrec"]["seeds"] == [0, 1]
+    each = [metrics(ranks["sasrec", seed])["ndcg@10"] for seed in (0, 1)]
+    assert found["sasrec"]["N@10"] == (np.mean(each), pytest.approx(np.std(each, ddof=1)))
+    assert found["sasrec"]["seconds_training"] == 2.5
+    assert found["mdsrec"]["cold R@10"][0] == pytest.approx(np.mean(
+        [metrics(ranks["mdsrec", seed][:5])["recall@10"] for seed in (0, 1)]
+    ))
+
+
+def test_differences_are_of_each_users_mean_over_seeds(folders, ranks):
+    found = comparison.compare(comparison.rows_of(folders))
+    assert "against" not in found["sasrec"]
+    first = (gain(ranks["sasrec", 0]) + gain(ranks["sasrec", 1])) / 2
+    second = (gain(ranks["mdsrec", 0]) + gain(ranks["mdsrec", 1])) / 2
+    against = found["mdsrec"]["against"]
+    assert against["first"] == "sasrec"
+    assert against["difference"] == pytest.approx((second - first).mean())
+    assert against["p"] == p_value(second - first)
+    assert against["low"] < against["difference"] < against["high"]
+    both = [against["p"], found["pop"]["against"]["p"]]
+    assert [against["p_holm"], found["pop"]["against"]["p_holm"]] == holm(both)
+    assert against["p_holm"] < .001 < found["pop"]["against"]["p_holm"]
+
+
+def test_the_table_as_it_is_printed(folders):
+    text = comparison.markdown(comparison.compare(comparison.rows_of(folders)))
+    head, line, *rows = text.splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
+    assert {len(row) for row in cells} == {13} == {line.count("---")}
+    assert cells[0][-2:] == ["N@10 against sasrec", "p (Holm)"]
+    assert [row[0] for row in cells[1:]] == ["sasrec", "mdsrec", "pop"]
+    assert re.fullmatch(r"\.\d{4} ± \.\d{4}", cells[1][1])
+    assert re.fullmatch(r"\.\d{4}", cells[3][1])    # one seed has no spread
+    assert cells[1][-2:] == ["", ""]
+    assert re.fullmatch(r"\+\.\d{4} \(\+\.\d{4} to \+\.\d{4}\)", cells[2][-2])
+
+
+def test_rows_of_one_model_say_what_sets_them_apart(tmp_path, ranks):
+    runs = [
+        write_run(tmp_path / "a" / "sasrec-shop-0", ranks["sasrec", 0], dim=8),
+        write_run(tmp_path / "b" / "sasrec-shop-0", ranks["sasrec", 1], dim=64),
+        write_run(tmp_path / "c" / "sasrec-shop-0", ranks["sasrec", 1], text="hash"),
+    ]
+    assert list(comparison.rows_of(runs)) == ["sasrec", "sasrec, dim 64", "sasrec, text hash"]
+
+
+@pytest.mark.parametrize("other", [
+    {"sequences_sha256": "xyz"}, {"split": "temporal"}, {"cut": "2022-09-15"},
+])
+def test_runs_on_other_data_are_refused(tmp_path, ranks, other):
+    one = write_run(tmp_path / "one", ranks["sasrec", 0])
+    two = write_run(tmp_path / "two", ranks["sasrec", 1], **other)
+    with pytest.raises(UserError, match="different data or splits"):
+        comparison.rows_of([one, two])
+
+
+def test_runs_of_other_users_are_refused(tmp_path, ranks):
+    one = write_run(tmp_path / "one", ranks["sasrec", 0])
+    two = write_run(tmp_path / "two", ranks["mdsrec", 0][:99], model="mdsrec")
+    with pytest.raises(UserError, match="rank 99 and 200 users"):
+        comparison.compare(comparison.rows_of([one, two]))
+
+
+# ---------------- the commands
+
+def test_several_models_make_one_table_and_finished_runs_are_kept(tmp_path):
+    write_shop(tmp_path / "shop")
+    command = ("train.py", "--model", "pop,sasrec", "--data", "shop", "--seeds", "0,1")
+    first = run(*command, cwd=tmp_path)
+    trained = (tmp_path / "runs/sasrec-shop-1/model.safetensors").stat().st_mtime_ns
+    assert "is finished" not in first.stdout
+    shutil.rmtree(tmp_path / "runs/sasrec-shop-0")
+    again = run(*command, cwd=tmp_path)
+    assert again.stdout.count("is finished") == 3
+    assert (tmp_path / "runs/sasrec-shop-1/model.safetensors").stat().st_mtime_ns == trained
+    table = (tmp_path / "runs/table-shop.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:4]] == ["pop", "sasrec"]
+    assert table.splitlines()[3] in again.stdout
+    numbers = json.loads((tmp_path / "runs/table-shop.json").read_text())
+    assert numbers["sasrec"]["against"]["first"] == "pop"
+    printed = run("evaluate.py", *sorted((tmp_path / "runs").iterdir()), cwd=tmp_path).stdout
+    assert table.splitlines()[3] in printed    # the table's own files are no runs
+
+
+def test_a_run_with_other_settings_is_trained_anew(tmp_path):
+    write_shop(tmp_path / "shop")
+    run("train.py", "--model", "sasrec", "--data", "shop", "--dim", 8, *ONCE, cwd=tmp_path)
+    done = run("train.py", "--model", "pop,sasrec", "--data", "shop", cwd=tmp_path)
+    assert "is finished" not in done.stdout
+    assert (tmp_path / "runs/sasrec-shop-0~1/metrics.json").is_file()
+
+
+@pytest.mark.parametrize("models, words", [
+    ("sasrec,sasrec", ("names a model twice",)),
+    ("sasrec,nobody", ("--model nobody is unknown",)),
+])
+def test_wrong_models_are_refused(tmp_path, models, words):
+    write_shop(tmp_path / "shop")
+    done = run("train.py", "--model", models, "--data", "shop", *ONCE, cwd=tmp_path, ok=False)
+    refused(done, *words)
+
+
+def test_a_table_needs_finished_runs(tmp_path, folders):
+    (folders[1] / "metrics.json").unlink()
+    done = run("evaluate.py", *folders, cwd=tmp_path, ok=False)
+    refused(done, "sasrec-shop-1 holds no finished run", "--resume")
