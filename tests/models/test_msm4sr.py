@@ -454,14 +454,17 @@ def test_dropping_and_mixing_in_pre_training(changes, noisy):
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [
     {}, dict(cosine=False), dict(use_id=False), dict(modality="text"),
-    dict(modality="image", cosine=False), dict(prefixes=True),
+    dict(modality="image", cosine=False), dict(modality="sum", cosine=False), dict(prefixes=True),
 ], ids=str)
 def test_scores_and_loss_eqs_12_13(changes):
     model = make(**changes).eval()
     cfg = model.cfg
     batch = make_batch()
     E = model.item.weight if cfg.use_id else torch.zeros(N + 1, D)
-    rows = {m: z + E for m, z in model.m2se.items().items() if cfg.modality in (m, "both")}
+    z = model.m2se.items()
+    if cfg.modality == "sum":    # SASRecM: one sequence of the sums
+        z = {"sum": z["text"] + z["image"]}
+    rows = {m: F_m + E for m, F_m in z.items() if cfg.modality in (m, "both")}
 
     def score(h, row):
         product = h @ row
@@ -587,6 +590,21 @@ def test_only_id_embeddings_tell_items_of_equal_content_apart(use_id):
     model = msm.Model(settings(use_id=use_id), catalog).eval()
     scores = model.score(make_batch(), model.encode_items())[:, 1:]
     assert torch.allclose(scores, scores[:, :1], rtol=0, atol=1e-3) != use_id
+
+
+def test_settings_by_default():
+    """As section IV-A4 states them; the last line is not in the paper (readings 11, 12, 14)."""
+    stated = dict(
+        dim=64, attention_dim=64, experts=8, heads=2, layers=2, max_len=50, rho=.2, p_max=.5,
+        tau=.07, lam=.01, pretrain_epochs=300, pretrain_lr=1e-3, patience=10,
+        use_nip=True, use_cmcl=True, use_mixup=True, use_id=True, use_proj=True, modality="both",
+        e2e=False, freeze_transformer=False,
+        dropout=.2, cosine=True, prefixes=False,
+    )
+    cfg = msm.Config()
+    assert {name: getattr(cfg, name) for name in stated} == stated
+    block = msm.Block(64, 2, 0.)
+    assert block.inner.out_features == 256    # reading 14
 
 
 @pytest.mark.parametrize("changes, words", [
