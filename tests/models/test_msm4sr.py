@@ -418,6 +418,26 @@ def test_rows_without_a_target_count_nothing_on_a_gpu(monkeypatch):
         close(losses_and_gradients(model, losses), expected)
 
 
+@pytest.mark.parametrize("kind, changes", [("Pretrain", {}), ("Model", dict(e2e=True))], ids=str)
+def test_gradients_are_the_slopes_of_the_losses(kind, changes):
+    """Along a random direction of all weights at once: what is cut off would be missing."""
+    model = make(kind, **changes).eval()
+    weights = list(model.parameters())
+    directions = [torch.randn_like(weight) for weight in weights]
+    _, gradients = losses_and_gradients(model, model(make_batch()))
+    found = sum((slope * way).sum() for slope, way in zip(gradients, directions))
+    step = 1e-6
+    heights = []
+    with torch.no_grad():
+        for side in (1, -1):
+            for weight, way in zip(weights, directions):
+                weight += side * step * way
+            heights.append(sum(model(make_batch()).values()))
+            for weight, way in zip(weights, directions):
+                weight -= side * step * way
+    close(found, (heights[0] - heights[1]) / (2 * step), rtol=1e-5, atol=0)
+
+
 def test_each_item_of_a_batch_is_encoded_once(monkeypatch):
     model = make("Pretrain").eval()
     batch = make_batch()
