@@ -168,7 +168,10 @@ def fingerprint(inputs, modality) -> str:
 # ---------------- encoding, part by part
 
 def extract(dataset, modality, encoder, device):
-    """Encode one modality of all items and write its feature file. Raises UserError."""
+    """Encode one modality of all items and write its feature file: MSM4SR eqs. (1), (2).
+
+    Raises UserError.
+    """
     if is_vectors(encoder):
         take_over(dataset, modality, encoder)
         return

@@ -422,7 +422,7 @@ class OpenClipPictures(Pictures):
 
 
 class Keywords:
-    """A picture as its nearest words in CLIP's space (MSM4SR section IV-A, eqs. 1-2).
+    """A picture as its nearest words in CLIP's space (MSM4SR section III-A2, eq. (2)).
 
     The paper does not define its dictionary: here, every word of three or more letters that occurs
     twice in the texts of the data set and is no function word (the paper it follows took nouns and
@@ -451,17 +451,24 @@ class Keywords:
         }
 
     def encode(self, paths):
+        said, failures = self.describe(paths)
+        rows, _, cut = self.text.encode(said)               # eq. (2): v_l
+        rows[[i for i, path in enumerate(paths) if path in failures]] = 0
+        return rows, failures, cut
+
+    def describe(self, paths):
+        """The keywords of each picture as a sentence, the nearest first, and the failures: eq. (2).
+
+        A picture that cannot be read is described as an empty one would be.
+        """
         vectors, failures, _ = self.pictures.encode(paths)
         if vectors.shape[1] != self.space.shape[1]:
             raise UserError(
                 "keywords: needs an encoder whose texts and pictures share one space, such as CLIP"
             )
-        likeness = normalized(vectors) @ self.space.T                           # eq. (1): (n, V)
+        likeness = normalized(vectors) @ self.space.T       # f(w): (n, V)
         nearest = np.argsort(-likeness, axis=1, kind="stable")[:, :self.most]
-        said = [" ".join(self.words[i] for i in row) for row in nearest]        # eq. (2)
-        rows, _, cut = self.text.encode(said)
-        rows[[i for i, path in enumerate(paths) if path in failures]] = 0
-        return rows, failures, cut
+        return [" ".join(self.words[i] for i in row) for row in nearest], failures
 
 
 def keywords_of(name):

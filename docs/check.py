@@ -9,7 +9,8 @@ compute it, each a link to the line of its definition:
     [`wasserstein`](../../models/srmml.py#L258)
 
 The function's source must cite the equation, and every equation that the code cites must have its
-block. Readings are the numbered points of a model file's head; a page has each as a numbered point.
+block. A link may lead to another file of the project, where features are made. Readings are the
+numbered points of a model file's head; a page has each as a numbered point.
 """
 import argparse
 import ast
@@ -24,7 +25,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-LINK = re.compile(r"\[`([\w.]+)`\]\((\.\./\.\./models/(\w+)\.py)#L(\d+)\)")
+LINK = re.compile(r"\[`([\w.]+)`\]\(\.\./\.\./([\w/]+\.py)#L(\d+)\)")
 CITED = re.compile(r"\beqs?\.((?: to |,? and |-|\(?\d+[a-z]?\)?|,? )+)")    # eqs. (3) to (5), 8
 
 
@@ -46,7 +47,8 @@ def faults_of(root):
         code = root / "models" / f"{page.stem}.py"
         text = page.read_text(encoding="utf-8")
         source = code.read_text(encoding="utf-8")
-        for fault in (*faults_of_equations(text, source), *faults_of_readings(text, source)):
+        of_equations = faults_of_equations(text, source, root)
+        for fault in (*of_equations, *faults_of_readings(text, source)):
             faults.append(f"{page.relative_to(root)}: {fault}")
     return faults
 
@@ -90,6 +92,11 @@ def definitions(source) -> dict:
     return found
 
 
+def known_in(path) -> dict:
+    """The definitions of a file; none if it does not exist."""
+    return definitions(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def equations_in(page):
     """[(number, [(name, file, line)])] of the tagged blocks, with the links right below each."""
     blocks = re.split(r"^\$\$\s*$", page, flags=re.MULTILINE)
@@ -98,23 +105,23 @@ def equations_in(page):
         numbers = re.findall(r"\\tag\{(\w+)\}", formula)
         links = LINK.findall(below.strip().split("\n\n")[0])
         for number in numbers:
-            found.append((number, [(name, file, int(line)) for name, _, file, line in links]))
+            found.append((number, [(name, file, int(line)) for name, file, line in links]))
     return found
 
 
-def faults_of_equations(page, source):
-    known = definitions(source)
+def faults_of_equations(page, source, root=ROOT):
     equations = equations_in(page)
     for number, links in equations:
         if not links:
             yield f"equation ({number}) names no function below it"
         for name, file, line in links:
+            known = known_in(root / file)
             if name not in known:
-                yield f"equation ({number}) names {name}, which models/{file}.py lacks"
+                yield f"equation ({number}) names {name}, which {file} lacks"
                 continue
             at, text = known[name]
             if line != at:
-                yield f"{name} stands in line {at} of models/{file}.py, not {line}: run --fix"
+                yield f"{name} stands in line {at} of {file}, not {line}: run --fix"
             if number not in cited(text):
                 yield f"equation ({number}) names {name}, whose source does not cite it"
     shown = {number for number, _ in equations}
@@ -126,9 +133,9 @@ def faults_of_equations(page, source):
 def fixed(page, root):
     """A page's text with the lines of its links moved to the definitions."""
     def move(match):
-        name, path, file, _ = match.groups()
-        known = definitions((root / "models" / f"{file}.py").read_text(encoding="utf-8"))
-        return f"[`{name}`]({path}#L{known[name][0]})" if name in known else match[0]
+        name, file, _ = match.groups()
+        known = known_in(root / file)
+        return f"[`{name}`](../../{file}#L{known[name][0]})" if name in known else match[0]
     return LINK.sub(move, page)
 
 

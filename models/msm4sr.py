@@ -38,7 +38,8 @@ Readings, where the paper is silent, misprinted or differs from the code its aut
     max_len items, faster and as good. A user's pairs then share a batch and what random dropout
     drops, and are no negatives to each other.
 13. w/o Pre-train and E2E: pretrain_epochs 0. freeze_transformer keeps the pre-trained positions and
-    blocks; the modality encoders, the LayerNorm of the input and E learn.
+    blocks; the modality encoders, the LayerNorm of the input and E learn. modality sum is SASRecM,
+    a baseline of Table II: one sequence of z^t + z^v + E, ranked by the same sums.
 14. inner width 4 d_0 and dropout 0.2 are the code's.
 
 Reads from the catalog: n_items, sentences, sentences_mask, pictures, pictures_mask (see CATALOG).
@@ -90,7 +91,7 @@ class MSM4SRConfig:
     use_cmcl: bool = True                # w/o CMCL, Table III
     use_mixup: bool = True               # w/o Mixup, Table III
     e2e: bool = False    # E2E, Table III: eqs. 11 and 13 summed; needs pretrain_epochs 0
-    modality: Literal["both", "text", "image"] = "both"    # -T, -V, Table IV: what is scored
+    modality: Literal["both", "text", "image", "sum"] = "both"    # -T, -V, Table IV; sum: SASRecM
     use_id: bool = True                  # false: no ID embeddings, for cold items, Table V
     freeze_transformer: bool = False     # fine-tuning leaves the Transformer as it is, Table VI
     # the recipe, for the training loop
@@ -176,7 +177,7 @@ class ModalityEncoder(nn.Module):
     def encode(self, x, mask):
         """x (n, S, d), mask (n, S) -> z (n, d_0), 0 where there is no vector.
 
-        e = sum_s alpha_s x_s, eq. (3);  E_k = LayerNorm(W_k dropout(e) + b_k), eq. (4);
+        e = sum_s alpha_s x_s, eq. (3);  E_k = LayerNorm(dropout(W_k e + b_k)), eq. (4);
         z = sum_k g_k E_k, g = softmax(W_3 e), eq. (5)
         """
         e = x[:, 0] if x.shape[1] == 1 else self.attend(x, mask)           # (n, d): reading 1
@@ -431,7 +432,7 @@ def no_negatives(same, weight):
 # ---------------- fine-tuning, eqs. (12), (13)
 
 class MSM4SR(nn.Module):
-    """The pre-trained encoder with ID embeddings, fine-tuned to rank all items."""
+    """The pre-trained encoder with ID embeddings, fine-tuned to rank all items: eqs. (12), (13)."""
 
     def __init__(self, cfg, catalog):
         super().__init__()
@@ -463,10 +464,13 @@ class MSM4SR(nn.Module):
             self.m2se.blocks.requires_grad_(False)
 
     def encode_items(self, z=None):
-        """{modality: F + E (N+1, D)} of what is scored, and "candidates" (N+1, D or 2 D): an item's
-        rows side by side, as score needs them."""
+        """{modality: F + E (N+1, D)} of what is scored, eq. (12), and "candidates" (N+1, D or 2 D):
+        an item's rows side by side, as score needs them."""
         if z is None:
-            z = self.m2se.items(modalities=self.scored)
+            alone = self.cfg.modality in STACKS
+            z = self.m2se.items(modalities=self.scored if alone else tuple(STACKS))
+        if self.cfg.modality == "sum":                    # reading 13
+            z = {"sum": z["text"] + z["image"]}
         table = {}
         for m in self.scored:
             table[m] = z[m] + self.item.weight if self.cfg.use_id else z[m]
@@ -506,6 +510,10 @@ class MSM4SR(nn.Module):
         """h^t (F^t + E)^T + h^v (F^v + E)^T, eq. (12) before the softmax: scores (B, N+1)."""
         seq = recent(self, batch)
         return self.states(seq, table)[:, -1] @ table["candidates"].T
+
+    def as_product(self, batch, table):
+        """Users (B, D or 2 D) and items (N+1, the same) whose products are the scores."""
+        return self.states(recent(self, batch), table)[:, -1], table["candidates"]
 
 
 def shapes_of(state):

@@ -477,7 +477,39 @@ class TestVisionModel:
         np.testing.assert_allclose(encoder.encode([red])[0][0], want, atol=1e-5)
 
 
-# ---------------- open_clip, keywords
+# ---------------- keywords: MSM4SR eq. (2)
+
+class Looked:
+    """An encoder that knows the vectors of what it is given: words, or picture paths."""
+    about = {}
+
+    def __init__(self, vectors, failures=()):
+        self.vectors = vectors
+        self.failures = failures
+
+    def encode(self, inputs):
+        rows = np.array([self.vectors[x] for x in inputs], np.float32)
+        return rows, dict.fromkeys(self.failures, "no picture"), 0
+
+
+def test_pictures_are_told_as_their_nearest_words_by_cosine(monkeypatch):
+    """Long vectors are no nearer than short ones, and nothing but texts of the data set counts."""
+    words = {"blue": [0., 1.], "lamp": [-5., 5.], "mug": [3., .9], "red": [.1, .02]}
+    pictures = {"a": [1., 0.], "b": [-.1, 1.], "bad": [0., 0.]}
+    seen = {("text", "clip"): Looked(words), ("image", "clip"): Looked(pictures, ["bad"]),
+            ("text", "hash"): encoders.HashedText()}
+    monkeypatch.setattr(encoders, "open_encoder", lambda modality, name, _: seen[modality, name])
+    texts = ["Red blue lamp, mug", "the mug, the blue red lamp", "a once said word"]
+    keywords = encoders.Keywords(2, "clip", "hash", texts, CPU)
+    assert keywords.words == ["blue", "lamp", "mug", "red"]
+    said, failures = keywords.describe(["a", "bad", "b"])
+    assert said[0] == "red mug" and said[2] == "blue lamp" and list(failures) == ["bad"]
+    rows, failures, _ = keywords.encode(["a", "bad", "b"])
+    np.testing.assert_array_equal(rows[[0, 2]], hash_text(["red mug", "blue lamp"]))
+    assert not rows[1].any() and list(failures) == ["bad"]
+
+
+# ---------------- open_clip
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
