@@ -648,6 +648,39 @@ def test_without_the_probabilistic_model_items_are_fixed_vectors():
     torch.testing.assert_close(model(batch)["next_item"], expected)
 
 
+def test_dropout_acts_where_it_should(monkeypatch):
+    """Once in each head, on each embedding, and twice in each stream of each layer."""
+    model = make(dropout=.5, layers=2).train()
+    seen = []
+
+    def remembered(part, x):
+        seen.append(part)
+        return x
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", remembered)
+    model({"seq": torch.tensor([[1, 2, 3]]), "target": torch.tensor([[2, 3, 4]])})
+    streams = [stream for block in model.blocks for stream in (block.mean, block.covariance)]
+    heads = [part for head in model.fusion.P.values() for part in head
+             if isinstance(part, torch.nn.Dropout)]
+    wanted = [*heads, model.dropout, model.dropout, *(2 * [s.dropout for s in streams])]
+    assert sorted(map(id, seen)) == sorted(map(id, wanted))
+    assert {part.p for part in seen} == {.5}
+
+
+def test_rows_without_a_target_count_nothing_where_they_are_not_left_out():
+    """A GPU is given all rows; the loss and its gradients are those of the rows with a target."""
+    states = torch.randn(5, 4, requires_grad=True)
+    items = torch.randn(7, 4, requires_grad=True)
+    target = torch.tensor([3, 0, 6, 0, 1])
+    loss = srmml.SoftmaxLoss.apply(states, items, target)
+    logits = (states @ items.T)[target != 0, 1:]
+    wanted = F.cross_entropy(logits, target[target != 0] - 1, reduction="sum")
+    assert loss.item() == pytest.approx(wanted.item())
+    for got, expected in zip(torch.autograd.grad(loss, (states, items)),
+                             torch.autograd.grad(wanted, (states, items))):
+        assert torch.allclose(got, expected)
+
+
 def test_the_settings_that_the_paper_states():
     cfg = srmml.Config()
     assert cfg.gate_scale == 2                   # eq. (7)
