@@ -107,9 +107,19 @@ class Toy:
 '''
 
 
-def test_a_page_that_fits():
-    assert list(check.faults_of_equations(PAGE, CODE)) == []
+@pytest.fixture
+def toy(tmp_path):
+    """A project of one model."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "toy.py").write_text(CODE)
+    return tmp_path
+
+
+def test_a_page_that_fits(toy):
+    assert list(check.faults_of_equations(PAGE, CODE, toy)) == []
     assert list(check.faults_of_readings(PAGE, CODE)) == []
+    moved = PAGE.replace("#L10", "#L99")
+    assert check.fixed(moved, toy) == PAGE
 
 
 @pytest.mark.parametrize("old, new, fault", [
@@ -120,10 +130,10 @@ def test_a_page_that_fits():
     ("a = 2 b \\tag{2a}", "a = 2 b", "the code cites equation (2a), which the page does not show"),
     ("2. **Printed", "3. **Printed", "reading 2 is in the head of the code and not in the page"),
 ])
-def test_a_page_that_does_not_fit(old, new, fault):
+def test_a_page_that_does_not_fit(toy, old, new, fault):
     page = PAGE.replace(old, new, 1)
     assert page != PAGE
-    faults = [*check.faults_of_equations(page, CODE), *check.faults_of_readings(page, CODE)]
+    faults = [*check.faults_of_equations(page, CODE, toy), *check.faults_of_readings(page, CODE)]
     assert fault in faults
 
 
