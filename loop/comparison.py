@@ -97,7 +97,9 @@ def name_of(run, groups, taken) -> str:
     model = run.settings["model"]
     first = next(group[0] for group in groups if group[0].settings["model"] == model)
     here, there = flat(run.settings), flat(first.settings)
-    parts = [f"{name} {here[name]}" for name in here if here[name] != there.get(name)]
+    parts = [
+        f"{name} {str(here[name]).lower()}" for name in here if here[name] != there.get(name)
+    ]
     name = ", ".join([model, *parts[:4]])
     return name if name not in taken else f"{name} ({run.folder})"
 
@@ -111,7 +113,7 @@ def summary(runs) -> dict:
         values = [run.number(part, metric) for run in runs]
         if None not in values:
             found[heading] = mean_and_spread(values)
-    for name in ("best_epoch", "seconds_training", "parameters"):
+    for name in ("best_epoch", "seconds", "parameters"):
         found[name] = float(np.mean([run.metrics[name] for run in runs]))
     found["runs"] = [str(run.folder) for run in runs]
     return found
@@ -169,7 +171,7 @@ def markdown(found) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in found.items():
         cells = [shown(*row[heading]) if heading in row else "" for heading, _, _ in COLUMNS]
-        cells += [f"{row['best_epoch']:.0f}", f"{row['seconds_training']:.0f}"]
+        cells += [f"{row['best_epoch']:.0f}", f"{row["seconds"]:.0f}"]
         cells.append(f"{row['parameters']:.0f}")
         if several:
             cells += shown_difference(row.get("against"))

@@ -3,14 +3,16 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from common.files import UserError
+from common.files import UserError, read_json
 from helpers import ROOT, run, write_shop
 
 sys.path.insert(0, str(ROOT / "docs"))
 import check
+import make
 
 PAPERS = sorted(path.stem for path in ROOT.glob("docs/papers/*.md"))
 
@@ -195,3 +197,37 @@ def test_links_and_anchors(link, fits):
         link for link in [link] if link[1:] not in check.anchors(text)
     ]
     assert (faults == []) == fits
+
+
+# ---------------- tables that are made of runs
+
+def test_the_tables_and_plots_are_those_of_the_runs_that_were_kept():
+    """`python docs/make.py` writes them."""
+    for path, text in make.everything().items():
+        assert path.read_text(encoding="utf-8") == text, path
+
+
+def test_a_table_is_made_of_runs_that_are_kept(tmp_path, monkeypatch):
+    write_shop(tmp_path / "shop")
+    run("train.py", "--model", "pop", "--data", "shop", cwd=tmp_path)
+    run("train.py", "--model", "sasrec", "--data", "shop", "--seeds", "0,1", "--epochs", 1,
+        cwd=tmp_path)
+    monkeypatch.setattr(make, "KEPT", tmp_path / "kept")
+    make.keep("shop", sorted((tmp_path / "runs").glob("*-shop-?")))
+    kept = tmp_path / "kept" / "shop" / "sasrec-shop-1"
+    assert str(tmp_path) not in (kept / "config.json").read_text()
+    page = "a\n<!-- runs shop: N@10, masked N@10, weights -->\nold\n<!-- end -->\nb\n"
+    lines = make.written(page).splitlines()
+    assert lines[0] == "a"
+    assert lines[-2:] == ["<!-- end -->", "b"]
+    assert lines[2] == "| | N@10 | masked N@10 | weights |"
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines[4:6]}
+    assert rows.keys() == {"pop", "sasrec"}
+    mean = np.mean([
+        read_json(tmp_path / f"runs/sasrec-shop-{seed}/metrics.json")["test"]["ndcg@10"]
+        for seed in (0, 1)
+    ])
+    assert f"{mean:.4f}".removeprefix("0") in rows["sasrec"]
+    assert sum("**" in row for row in rows.values()) >= 1
+    with pytest.raises(UserError, match="--keep nothing"):
+        make.table("nothing", ["N@10"])

@@ -24,7 +24,7 @@ def write_run(folder, ranks, model="sasrec", seed=0, cold=None, **settings):
     (folder / "config.json").write_text(json.dumps(about))
     groups = {"warm": metrics(ranks)} | ({"cold": metrics(cold)} if cold is not None else {})
     numbers = {"test": metrics(ranks), "test_masked": metrics(np.maximum(np.array(ranks) - 1, 0)),
-               "groups": groups, "best_epoch": 3, "seconds_training": 2. + seed, "parameters": 100}
+               "groups": groups, "best_epoch": 3, "seconds": 2. + seed, "parameters": 100}
     (folder / "metrics.json").write_text(json.dumps(numbers))
     np.save(folder / "ranks-test.npy", np.array(ranks))
     return folder
@@ -54,7 +54,7 @@ def test_a_row_is_a_model_with_all_its_seeds(folders, ranks):
     assert found["sasrec"]["seeds"] == [0, 1]
     each = [metrics(ranks["sasrec", seed])["ndcg@10"] for seed in (0, 1)]
     assert found["sasrec"]["N@10"] == (np.mean(each), pytest.approx(np.std(each, ddof=1)))
-    assert found["sasrec"]["seconds_training"] == 2.5
+    assert found["sasrec"]["seconds"] == 2.5
     assert found["mdsrec"]["cold R@10"][0] == pytest.approx(np.mean(
         [metrics(ranks["mdsrec", seed][:5])["recall@10"] for seed in (0, 1)]
     ))

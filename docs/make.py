@@ -1,0 +1,208 @@
+"""Writes the tables and plots of the documents from the runs behind them.
+
+    python docs/make.py --keep demo runs/*-demo-?    keep what tables need of these runs
+    python docs/make.py                              write all tables and plots anew
+    python docs/make.py --check                      say which are not as they would be written
+
+docs/runs/<set>/<run>/ has the config.json and metrics.json of a run, so that every number can be
+traced to the settings that made it. In a page a table stands between two lines, the first of which
+names the set and the columns; a plot is named by such a line too:
+
+    <!-- runs demo: R@10, N@10, masked N@10, cold N@10, seconds -->
+    <!-- end -->
+    <!-- plot demo: docs/demo.svg; oracle=.3316 -->
+
+Runs that differ in the seed alone are one row: mean ± standard deviation. The best of a column is
+bold.
+"""
+import argparse
+import json
+import re
+import sys
+from html import escape
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.files import UserError, command
+from loop import comparison
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "runs"
+TABLE = re.compile(r"(<!-- runs ([^:\n]+): ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLOT = re.compile(r"<!-- plot ([^:\n]+): (\S+?)(?:; ([^\n]+))? -->")
+OTHER = {"epoch": "best_epoch", "seconds": "seconds", "weights": "parameters"}
+WIDTH, ROW, LEFT, RIGHT = 760, 30, 110, 110    # pixels
+
+
+# ---------------- what is kept
+
+def keep(name, folders):
+    """Copy config.json and metrics.json of runs, without what belongs to one machine."""
+    for folder in folders:
+        run = comparison.finished(folder)
+        settings = run.settings | {"data": Path(run.settings["data"]).name}
+        for modality in ("text", "image"):
+            settings["encoders"] = {
+                key: Path(str(encoder)).name if str(encoder).startswith("/") else encoder
+                for key, encoder in settings.get("encoders", {}).items()
+            }
+            if str(settings.get(modality)).startswith("/"):
+                settings[modality] = Path(settings[modality]).name
+        beside = "" if folder.parent.name == "runs" else f"{folder.parent.name}-"
+        target = KEPT / name / f"{beside}{folder.name}"
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text(as_json(settings), encoding="utf-8")
+        (target / "metrics.json").write_text(as_json(run.metrics), encoding="utf-8")
+
+
+def as_json(value) -> str:
+    """Numbers to six digits: a line for each entry of the outermost level."""
+    def rounded(x):
+        if isinstance(x, float):
+            return float(f"{x:.6g}")
+        return {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+    lines = [f" {json.dumps(key)}: {json.dumps(rounded(part))}" for key, part in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def rows_of(name) -> dict:
+    """{name of a row: its runs} of a set that was kept, the best first. Raises UserError."""
+    folders = sorted(path.parent for path in (KEPT / name).glob("*/metrics.json"))
+    if not folders:
+        raise UserError(f"docs/runs/{name} has no runs: keep some with --keep {name} RUN ...")
+    rows = comparison.rows_of(folders)
+    return dict(sorted(rows.items(), key=lambda row: -numbers(row[1])["masked N@10"][0]))
+
+
+def numbers(runs) -> dict:
+    return comparison.summary(runs)
+
+
+# ---------------- tables
+
+def table(name, columns) -> str:
+    rows = {row: numbers(runs) for row, runs in rows_of(name).items()}
+    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    best = {column: max((row[column][0] for row in rows.values() if column in row), default=0)
+            for column in columns if column not in OTHER}
+    for label, row in rows.items():
+        cells = [cell(row, column, best.get(column)) for column in columns]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(row, column, best) -> str:
+    if column in OTHER:
+        value = row[OTHER[column]]
+        return f"{value:.0f}" if value else ""
+    if column not in row:
+        return ""
+    text = comparison.shown(*row[column])
+    return f"**{text}**" if row[column][0] == best > 0 else text
+
+
+def written(page) -> str:
+    """A page with its tables as they are made of what is kept."""
+    def fill(match):
+        head, name, columns, end = match.groups()
+        return head + table(name, [column.strip() for column in columns.split(",")]) + end
+    return TABLE.sub(fill, page)
+
+
+# ---------------- plots
+
+def plot(rows, title, marks) -> str:
+    """An SVG of horizontal bars, masked NDCG@10, with the spread of the seeds, and vertical lines
+    at the marks."""
+    height = 64 + ROW * len(rows) + 16
+    values = {
+        name: [run.number("test_masked", "ndcg@10") for run in runs]
+        for name, runs in reversed(rows.items())
+    }
+    longest = max([*map(max, values.values()), *marks.values()])
+    scale = (WIDTH - LEFT - RIGHT) / longest
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'font-family="system-ui, sans-serif" font-size="13" fill="#222">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        f'<text x="12" y="22" font-weight="bold">{escape(title)}</text>',
+    ]
+    for name, value in marks.items():
+        x = LEFT + value * scale
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="52" y2="{height - 12}" stroke="#999" '
+            f'stroke-dasharray="3 3"/><text x="{x:.1f}" y="46" font-size="11" fill="#666" '
+            f'text-anchor="middle">{escape(name)}</text>'
+        )
+    for n, (name, each) in enumerate(values.items()):
+        y = 60 + ROW * n
+        end = LEFT + sum(each) / len(each) * scale
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end">{escape(name)}</text>'
+            f'<rect x="{LEFT}" y="{y + 4}" width="{end - LEFT:.1f}" height="18" fill="#2a62b8"/>'
+        )
+        if len(each) > 1:
+            low, high = LEFT + min(each) * scale, LEFT + max(each) * scale
+            parts.append(
+                f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 13}" y2="{y + 13}" '
+                f'stroke="#e0a030" stroke-width="4"/>'
+            )
+        after = LEFT + max(each) * scale + 8
+        shown = comparison.shown(*comparison.mean_and_spread(each))
+        parts.append(
+            f'<text x="{after:.1f}" y="{y + 17}" stroke="#fff" stroke-width="4" '
+            f'paint-order="stroke">{shown}</text>'
+        )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def plots_in(page) -> dict:
+    """{path: SVG} of the plots that a page names."""
+    found = {}
+    for name, path, marks in PLOT.findall(page):
+        pairs = [mark.rsplit("=", 1) for mark in marks.split(";") if mark.strip()]
+        values = {what.strip(): float(value) for what, value in pairs}
+        found[ROOT / path] = plot(rows_of(name), "NDCG@10 without the history", values)
+    return found
+
+
+# ---------------- the command
+
+def everything() -> dict:
+    """{path: its text as it should be} of all pages with tables, and of all plots."""
+    texts = {}
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]):
+        page = path.read_text(encoding="utf-8")
+        if TABLE.search(page):
+            texts[path] = written(page)
+        texts |= plots_in(page)
+    return texts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--keep", metavar="SET", help="keep the runs in docs/runs/SET")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    args = parser.parse_args()
+    if bool(args.keep) != bool(args.runs):
+        raise UserError("--keep names a set and needs runs: --keep demo runs/*-demo-?")
+    if args.keep:
+        keep(args.keep, args.runs)
+        return 0
+    outdated = [
+        path for path, text in everything().items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    for path in outdated:
+        print(f"{path.relative_to(ROOT)} {'is outdated' if args.check else 'is written anew'}")
+    if not args.check:
+        for path, text in everything().items():
+            path.write_text(text, encoding="utf-8")
+    return 1 if args.check and outdated else 0
+
+
+if __name__ == "__main__":
+    command(main)
