@@ -171,7 +171,7 @@ def markdown(found) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in found.items():
         cells = [shown(*row[heading]) if heading in row else "" for heading, _, _ in COLUMNS]
-        cells += [f"{row['best_epoch']:.0f}", f"{row["seconds"]:.0f}"]
+        cells += [f"{row['best_epoch']:.0f}", f"{row['seconds']:.0f}"]
         cells.append(f"{row['parameters']:.0f}")
         if several:
             cells += shown_difference(row.get("against"))
