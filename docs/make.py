@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.files import UserError, command
+from common.files import UserError, command, read_json
 from loop import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,11 +69,17 @@ def as_json(value) -> str:
 
 def rows_of(name) -> dict:
     """{name of a row: its runs} of a set that was kept, the best first. Raises UserError."""
-    folders = sorted(path.parent for path in (KEPT / name).glob("*/metrics.json"))
+    folders = [path.parent for path in (KEPT / name).glob("*/metrics.json")]
     if not folders:
         raise UserError(f"docs/runs/{name} has no runs: keep some with --keep {name} RUN ...")
+    folders.sort(key=lambda folder: (not is_plain(folder), folder.name))
     rows = comparison.rows_of(folders)
     return dict(sorted(rows.items(), key=lambda row: -numbers(row[1])["masked N@10"][0]))
+
+
+def is_plain(folder) -> bool:
+    """Whether a run was kept from runs/, the others being named by what sets them apart from it."""
+    return folder.name.startswith(f"{read_json(folder / 'config.json')['model']}-")
 
 
 def numbers(runs) -> dict:
