@@ -70,15 +70,18 @@ def best_of_chunk(ranker, rows, chunk, k):
     index = torch.as_tensor(chunk, device=ranker.device)
     batch = rows.batch(index, max(int(rows.lengths[chunk].max()), 1))
     inputs = {"user": batch["user"], "seq": batch["seq"]}
-    scores = ranker.model.score(inputs, ranker.table).float().clone()
+    scores = ranker.model.score(inputs, ranker.table).float()
+    if scores.stride(0) == 0:    # one row for all users
+        scores = scores.clone()
     scores[:, 0] = -torch.inf    # padding is no item
-    if not scores[:, 1:].isfinite().all():
+    if not ranker.keep_history:
+        scores.scatter_(1, rows.seen(index, max(int(rows.history[chunk].max()), 1)), -torch.inf)
+    best = scores.topk(k)
+    if best.values.isnan().any() or best.values.isposinf().any():    # they are the largest
         raise UserError(
             "the model's scores are not finite: look at the features, or train with a lower --lr"
         )
-    if not ranker.keep_history:
-        scores.scatter_(1, rows.seen(index, max(int(rows.history[chunk].max()), 1)), -torch.inf)
-    return scores.topk(k)
+    return best
 
 
 def items_in(table) -> int:
