@@ -627,6 +627,8 @@ class Tower(nn.Module):
             del blocks[first + 1:]
         for module in self.modules():         # indices of positions, statistics of BatchNorm
             module._non_persistent_buffers_set.update(module._buffers)
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats = False    # or loading asks for a count of batches
 
     def tokenize(self, tokenizer, texts, config):
         """Texts -> token ids (reading 2). Raises ValueError for too many max_tokens."""
@@ -1025,7 +1027,8 @@ class MMSR(nn.Module):
         return fuse(*tokens) * real
 
     def forward(self, batch):
-        """{"next_item": loss}: eq. (6), or with `--loss in_batch` that of reading 9."""
+        """{"next_item": loss} of each item given all before it, eq. (3): that of eq. (6), or with
+        `--loss in_batch` of reading 9."""
         seq = recent(self, batch)
         target = batch["target"][:, -seq.shape[1]:]
         if self.cfg.prefixes:    # one target a row, the last

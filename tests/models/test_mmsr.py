@@ -742,6 +742,16 @@ def test_settings_that_make_no_sense_are_refused(setting, value):
         mmsr.Config(**{setting: value})
 
 
+def test_settings_are_the_papers():
+    cfg = mmsr.Config()
+    recipe = (cfg.optimizer, cfg.schedule, cfg.lr, cfg.encoder_lr, cfg.epochs)
+    assert recipe == ("adamw", "step", 1e-4, 1e-4, 150)                   # section 4.2
+    assert (cfg.weight_decay, cfg.encoder_weight_decay) == (.1, 0)        # section 4.2
+    assert (cfg.dim, cfg.heads, cfg.layers, cfg.max_len) == (768, 2, 0, 20)    # appendices B, C
+    assert (cfg.fusion, cfg.merge_layers, cfg.tune_blocks, cfg.loss) == ("merge", 1, 2, "bce")
+    assert cfg.dropout in (.1, .3, .5) and cfg.batch_size in (64, 128, 256)
+
+
 def test_heads_are_sasrecs_alone():
     assert mmsr.Config(user_encoder="gru", dim=64, heads=3).heads == 3
 
@@ -929,7 +939,7 @@ def test_the_top_is_trained_and_the_bottom_is_not(text, image, fusion, tmp_path)
 def test_weights_belong_to_no_catalog(text, image, tmp_path):
     encoders = dict(text_encoder=text, image_encoder=image)
     small = make(tmp_path, **encoders)
-    state = small.state_dict()
+    state = dict(small.state_dict())    # as it comes from a file: without versions of its parts
     assert set(state) == {name for name, _ in small.named_parameters()}
     assert not [key for key in state if "embeddings" in key or "running" in key or "index" in key]
     other = make(tmp_path, make_catalog(tmp_path, 31), seed=3, **encoders)
@@ -1423,6 +1433,17 @@ def test_trained_blocks_drop_in_training_and_not_in_evaluation(tmp_path):
     assert torch.equal(tower.eval()(items)[0], tower(items)[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tune_blocks", [-1, 2])
+def test_batch_norm_in_training_is_that_of_evaluation(tune_blocks, tmp_path):
+    model = make(tmp_path, image_encoder="tiny-resnet", tune_blocks=tune_blocks)
+    tower = model.towers["image"]
+    tower.prepare(CPU)
+    items = torch.tensor([1, 2, 4])
+    found, _ = tower.train()(items)
+    close(found, tower.eval()(items)[0])
+
+
 def test_texts_longer_than_roberta_has_positions_are_refused(tmp_path):
     make(tmp_path, text_encoder="tiny-roberta", max_tokens=512)
     with pytest.raises(ValueError, match="must be from 3 to 512"):
@@ -1443,18 +1464,17 @@ def test_a_negative_that_is_the_target_counts_nothing(tmp_path, monkeypatch):
 
 
 def test_logits_of_the_batch_are_wide_under_autocast(tmp_path):
+    """Two users with one place each: both targets are candidates, the items before them are not."""
     model = make(tmp_path, loss="in_batch")
-    seen = []
-    model_in_batch = model.in_batch
-
-    def watched(states, vectors, ids, place):
-        loss = model_in_batch(1e2 * states, 1e2 * vectors, ids, place)
-        seen.append(loss.dtype)
-        return loss
-
-    model.in_batch = watched
-    batch = {"user": torch.tensor([0, 1]), "seq": torch.tensor([[1, 2], [4, 5]]),
-             "target": torch.tensor([[2, 3], [5, 6]])}
+    ids = torch.tensor([1, 2, 4, 5])
+    place = torch.tensor([[[0], [2]], [[1], [3]]])    # 1 before 2, 4 before 5
+    torch.manual_seed(0)
+    states = 10 * torch.randn(2, 1, D)
+    vectors = 10 * torch.randn(4, D)
+    logits = (states.double() @ vectors.double().T)[:, 0] - model.log_pop[ids].double()
+    targets = logits[:, [1, 3]]
+    expected = targets.logsumexp(1) - targets.diagonal()
+    assert (expected > 10).any()
     with torch.autocast("cpu", torch.bfloat16):
-        model(batch)
-    assert seen == [torch.float32]
+        found = model.in_batch(states, vectors, ids, place)
+    close(found[:, 0].double(), expected, rtol=1e-5, atol=1e-3)
