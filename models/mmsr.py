@@ -12,7 +12,9 @@ starts on another (--init).
   items (B, L, D) -> SASRec | GRU | NextItNet -> states (B, L, D);   score = state . item
 
 What stands left of the bar never changes: it is computed once for each text and picture and kept in
-cache_dir. A step runs the top blocks on the U distinct items of its batch.
+cache_dir. A step runs the top blocks on the U distinct items of its batch. ViLT and VisualBERT read
+a title and its picture as one stream of tokens (`--fusion stream`): there is one tower, with a row
+of the cache for each pair. With `--tune_blocks -1` the bar stands at the left end: no cache.
 
 Readings, of what the paper leaves open and its code does:
  1. trained are the last two blocks of each encoder and the norm after them, by name. The code
@@ -22,9 +24,11 @@ Readings, of what the paper leaves open and its code does:
     and normalised by its statistics (the code: .5). An item without a readable picture has a grey
     one, as has one whose picture is longer than 100 times its width. Of an animation, the first
     frame.
- 4. MAE sees all patches; Hugging Face's drops 75 % at random in every pass.
- 5. MMSR-T, MMSR-V and the coarse fusions take the masked mean of the projected tokens; "+" is
-    3 x (dropout, linear, ReLU).
+ 4. MAE sees all patches. The paper's MAE has `--mask_ratio .75` (table 14 has 0, .5, .75), and
+    draws the patches anew in every pass, so that scores are random; here those that are kept are
+    drawn once, the same places in all pictures.
+ 5. MMSR-T, MMSR-V, the coarse fusions and one stream take the masked mean of the projected tokens;
+    "+" is 3 x (dropout, linear, ReLU).
  6. merge-attention is BERT's layer (post-norm), and adds the modality embeddings that the code
     makes and forgets; co-attention is LXMERT's: one cross-attention for both, then own blocks.
  7. padding is zero where a user encoder reads it (in the code it is an encoded blank item).
@@ -33,9 +37,17 @@ Readings, of what the paper leaves open and its code does:
     `--loss in_batch`: softmax over the targets of the batch minus log popularity, as in MoRec.
 10. the learning rate drops to a tenth at 80 % of the epochs, as in the code; the paper: "linearly".
 11. BatchNorm (ResNet) keeps its pre-trained statistics, as usual in fine-tuning.
-Vision-language models: CLIP (as both encoders, `--fusion concat`) and FLAVA with its own fusion
-(`--fusion flava`, appendix E). Left out: GroupViT, which groups tokens between blocks; ViLT and
-VisualBERT, whose one stream has no boundary where a text or a picture alone could be cached.
+12. VisualBERT reads the last hidden states of any image encoder for Faster R-CNN's regions (table
+    7: ResNet, CLIP). Where their width is not its own, a new projection must be trained with all
+    the rest (`--tune_blocks -1`).
+13. with FLAVA's top blocks all of its fusion is trained (appendix E; section 6.1: its last block).
+14. ResNet's map is projected place by place, as other tokens are (the code: a 3 x 3 convolution
+    and ReLU).
+15. at the start embeddings are normal (.02), other matrices xavier, biases torch's own (the code:
+    xavier and zeros).
+Vision-language models (appendix E): CLIP and GroupViT, as both encoders, with `--fusion concat`;
+of GroupViT's images the blocks of the last stage can be trained. FLAVA as both, with its own fusion
+(`--fusion flava`). ViLT as both, VisualBERT as text encoder (`--fusion stream --tune_blocks 4`).
 
 Reads from the catalog: n_items, titles, image_paths, train_seqs (their forms: CATALOG below).
 A batch: "seq" and "target" (B, L), item ids, the newest last, padded with 0 on the left; target is
@@ -81,11 +93,14 @@ class MMSRConfig:
     modality: Literal["both", "text", "image"] = "both"              # text, image: MMSR-T, MMSR-V
     item_encoder: Literal["content", "id"] = "content"    # id: IDSR, the paper's baseline
     fusion: Literal[
-        "merge", "co", "sum", "concat", "gate", "film", "sum+", "concat+", "gate+", "film+", "flava"
-    ] = "merge"
+        "merge", "co", "sum", "concat", "gate", "film", "sum+", "concat+", "gate+", "film+",
+        "flava", "stream"
+    ] = "merge"    # stream: ViLT's and VisualBERT's, one encoder for both
     merge_layers: int = 1                # blocks of merge-attention: 1, 2, 4 in Table 3
     user_encoder: Literal["sasrec", "gru", "nextitnet"] = "sasrec"   # section 3.5
-    tune_blocks: int = 2                 # top blocks of each encoder that are trained; 0: none
+    tune_blocks: int = 2    # top blocks of each encoder that are trained; 0: none, -1: all of it
+    tune_image_blocks: int = -2          # the same of the image encoder; -2: tune_blocks
+    mask_ratio: float = 0.               # of a picture's patches that MAE does not see (reading 4)
     loss: Literal["bce", "in_batch"] = "bce"         # eq. (6), or softmax over the batch's targets
     cache: Literal["fp16", "fp32", "off"] = "fp16"   # of the frozen part; off: run it in every step
     cache_dir: str = "data/cache"        # where it is kept
@@ -113,10 +128,17 @@ class MMSRConfig:
         for name in ("merge_layers", "dim", "heads", "max_len", "batch_size", "epochs", "patience"):
             value = getattr(self, name)
             check(value >= 1, f"{name} {value} is too small: it must be at least 1")
-        for name in ("layers", "tune_blocks", "weight_decay", "encoder_weight_decay", "clip_norm"):
+        for name in ("layers", "weight_decay", "encoder_weight_decay", "clip_norm"):
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name} {value} must not be negative")
+        for name, least in (("tune_blocks", -1), ("tune_image_blocks", -2)):
+            value = getattr(self, name)
+            check(value >= least, f"{name} {value} must be at least {least}")
+        check(self.fusion != "stream" or self.tune_image_blocks == -2,
+              f"tune_image_blocks {self.tune_image_blocks} must be -2 for fusion stream, which has "
+              f"one encoder: give tune_blocks")
         check(0 <= self.dropout < 1, f"dropout {self.dropout} must be from 0 to below 1")
+        check(0 <= self.mask_ratio < 1, f"mask_ratio {self.mask_ratio} must be from 0 to below 1")
         check(0 < self.lr < math.inf, f"lr {self.lr} must be above 0")
         check(0 < self.encoder_lr < math.inf, f"encoder_lr {self.encoder_lr} must be above 0")
         if self.user_encoder == "sasrec":
@@ -133,18 +155,23 @@ PRESETS = {"demo": SMALL}
 
 # ---------------- encoders and their blocks (section 3.2)
 
-TOWERS = {    # model type -> where its blocks are, and the norm after them
-    "bert": ("encoder.layer", ""),
-    "roberta": ("encoder.layer", ""),
-    "electra": ("encoder.layer", ""),
-    "clip_text_model": ("encoder.layers", "final_layer_norm"),
-    "flava_text_model": ("encoder.layer", "layernorm"),
-    "swin": ("encoder.layers.{last}.blocks", "layernorm"),
-    "resnet": ("encoder.stages.{last}.layers", ""),
-    "vit_mae": ("layers", "layernorm"),
-    "clip_vision_model": ("encoder.layers", ""),
-    "flava_image_model": ("encoder.layer", "layernorm"),
+TOWERS = {    # model type -> what it reads, where its blocks are, and the norm after them
+    "bert": ("text", "encoder.layer", ""),
+    "roberta": ("text", "encoder.layer", ""),
+    "electra": ("text", "encoder.layer", ""),
+    "clip_text_model": ("text", "encoder.layers", "final_layer_norm"),
+    "groupvit_text_model": ("text", "encoder.layers", "final_layer_norm"),
+    "flava_text_model": ("text", "encoder.layer", "layernorm"),
+    "swin": ("image", "encoder.layers.{last}.blocks", "layernorm"),
+    "resnet": ("image", "encoder.stages.{last}.layers", ""),
+    "vit_mae": ("image", "layers", "layernorm"),
+    "clip_vision_model": ("image", "encoder.layers", ""),
+    "groupvit_vision_model": ("image", "encoder.stages.{last}.layers", "layernorm"),
+    "flava_image_model": ("image", "encoder.layer", "layernorm"),
+    "vilt": ("pair", "model.encoder.layer", "model.layernorm"),
+    "visual_bert": ("pair", "bert.encoder.layer", ""),
 }
+CAUSAL = ("clip_text_model", "groupvit_text_model")    # a token sees none after it
 VIT = dict(
     hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128,
     image_size=64, patch_size=16,
@@ -158,11 +185,21 @@ TINY = {    # model type -> settings of its tiny version
     "swin": dict(
         image_size=64, embed_dim=16, depths=[1, 1, 2], num_heads=[1, 2, 4], window_size=4
     ),
-    "resnet": dict(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 3]),
+    "resnet": dict(
+        embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 3], image_size=64
+    ),
     "clip": dict(text_config=dict(BERT, eos_token_id=2), vision_config=VIT),
+    "groupvit": dict(
+        text_config=dict(BERT, eos_token_id=2),
+        vision_config=dict(
+            VIT, depths=[1, 1, 2], num_group_tokens=[8, 4, 0], num_output_groups=[8, 4, 4]
+        ),
+    ),
     "flava": dict(
         text_config=BERT, image_config=VIT, multimodal_config=dict(VIT, num_hidden_layers=2)
     ),
+    "vilt": BERT,
+    "visual_bert": dict(BERT, visual_embedding_dim=64),
 }
 
 
@@ -218,6 +255,102 @@ def tiny_tokens(texts, max_length, **_):
     return {"input_ids": rows}
 
 
+def encoder_of(whole, modality, mask_ratio=0.):
+    """The text or the image encoder of a vision-language model; other models are one themselves."""
+    parts = {"text": ("text_model",), "image": ("vision_model", "image_model")}    # CLIP, FLAVA
+    own = [getattr(whole, part) for part in parts[modality] if hasattr(whole, part)]
+    model = own[0] if own else whole
+    if model.config.model_type == "vit_mae":
+        model.config.mask_ratio = mask_ratio
+        patches = model.embeddings.patch_embeddings.num_patches
+        order = torch.randperm(patches, generator=torch.Generator().manual_seed(0))
+        kept = order[:int(patches * (1 - mask_ratio))].sort().values                # reading 4
+        model.embeddings.random_masking = lambda x, noise=None: (x[:, kept], None, None)
+    return model
+
+
+def check_mask_ratio(cfg, encoders):
+    """Raises ValueError where patches are to be left out and no encoder can do so."""
+    kinds = [encoder.config.model_type for encoder in encoders.values()]
+    check(cfg.mask_ratio == 0 or "vit_mae" in kinds,
+          f"mask_ratio {cfg.mask_ratio} must be 0 for all image encoders but a MAE (vit_mae)")
+
+
+def check_kind(model, setting, reads):
+    """Raises ValueError for an encoder that does not read "text", "image" or "pair"."""
+    kind = model.config.model_type
+    fitting = [name for name, tower in TOWERS.items() if tower[0] == reads]
+    other, *_ = TOWERS.get(kind, ("",))
+    hint = ": for titles and pictures in one stream give fusion stream" if other == "pair" else ""
+    check(kind in fitting, f"{setting} of the type {kind} is not supported here, only "
+                           f"{', '.join(fitting)}{hint}")
+
+
+def setting_of(modality):
+    """The setting that names the encoder of "text", "image" or "pair"."""
+    return "image_encoder" if modality == "image" else "text_encoder"
+
+
+def width_of(config):
+    return getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+
+
+def as_tokens(hidden):
+    """Hidden states (n, T, width), or ResNet's map (n, width, H, W) -> (n, T, width)"""
+    return hidden.flatten(2).mT if hidden.dim() == 4 else hidden
+
+
+class ViLT(nn.Module):
+    """ViLT on a title and a picture of its own size: patches in their order, no shuffling."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.config = model.config
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, pixel_values):
+        own = self.model.embeddings
+        x = own.patch_embeddings(pixel_values).flatten(2).mT          # (n, V, width)
+        x = torch.cat([own.cls_token.expand(len(x), -1, -1), x], 1) + own.position_embeddings
+        seen = attention_mask.new_ones(x.shape[:2])
+        return self.model(
+            input_ids, attention_mask, image_embeds=own.dropout(x), pixel_mask=seen
+        )
+
+
+class VisualBERT(nn.Module):
+    """VisualBERT on a title and on an image encoder's tokens of a picture (reading 12)."""
+
+    def __init__(self, bert, eye, new_projection):
+        super().__init__()
+        self.config = bert.config
+        self.bert = bert
+        self.eye = eye
+        self.config.image_size = getattr(eye.config, "image_size", 224)
+        self.config.image_encoder = eye.config.to_dict()
+        width, wanted = width_of(eye.config), self.config.visual_embedding_dim
+        if width != wanted:
+            check(new_projection,
+                  f"image_encoder makes tokens of width {width}, text_encoder reads {wanted}: give "
+                  f"another, or tune_blocks -1")
+            bert.embeddings.visual_projection = nn.Linear(width, width_of(self.config))
+
+    def forward(self, input_ids, attention_mask, pixel_values):
+        x = as_tokens(self.eye(pixel_values).last_hidden_state)
+        return self.bert(input_ids, attention_mask, visual_embeds=x)
+
+
+def one_stream(text, image, cfg):
+    """ViLT or VisualBERT as one encoder of titles and pictures. Raises ValueError."""
+    check_kind(text, "text_encoder", "pair")
+    if text.config.model_type == "vilt":
+        check(cfg.text_encoder == cfg.image_encoder,
+              "fusion stream needs ViLT as text_encoder and as image_encoder")
+        return ViLT(text)
+    check_kind(image, "image_encoder", "image")
+    return VisualBERT(text, image, cfg.tune_blocks == -1)
+
+
 class Boundary(nn.Module):
     """Stands where the first trained block stood: stops the encoder, keeps its hidden states."""
 
@@ -251,28 +384,32 @@ def read_picture(path):
         return picture.convert("RGB")
 
 
-class Frozen:
-    """An encoder up to the boundary: texts or pictures -> hidden states.
+class Bottom:
+    """An encoder up to the boundary: texts, pictures or both -> hidden states.
 
-    model: the encoder, with a Boundary in it. inputs: the token ids of each text, or the path of
-    each picture, None for a grey one. size, mean, std: of the pictures that it reads.
+    model: the encoder, with a Boundary in it, or whole. inputs: {"text": the token ids of each row,
+    "image": the path of each picture, None for a grey one}, or one of the two. tuned: how many
+    blocks are trained; -1: all of the model. size, mean, std: of the pictures that it reads.
     """
 
-    def __init__(self, model, modality, inputs):
+    def __init__(self, model, modality, inputs, tuned):
         self.model = model.eval()
         self.modality = modality
+        self.setting = setting_of(modality)
         self.inputs = inputs
+        self.tuned = tuned
         self.size = self.mean = self.std = None
         self.unreadable = 0
 
-    def read(self, x):
-        """Token ids -> (T,), or a path -> (3, S, S), grey for None and for what is no picture."""
-        if self.modality == "text":
-            return torch.tensor(x)
+    def __len__(self):
+        return len(next(iter(self.inputs.values())))
+
+    def pixels(self, path):
+        """-> (3, S, S), grey for None and for what is no picture."""
         picture = None
-        if x:
+        if path:
             try:
-                picture = read_picture(x)
+                picture = read_picture(path)
             except Exception:    # a damaged file makes Pillow raise almost anything
                 self.unreadable += 1
         picture = picture or Image.new("RGB", (1, 1), (128, 128, 128))
@@ -280,44 +417,52 @@ class Frozen:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
         return (pixels - self.mean) / self.std                                 # reading 3
 
-    @torch.no_grad()
-    def hidden(self, inputs, device):
-        """What `read` made of n inputs -> hidden states (n, T, width), mask (n, T)."""
+    def read(self, row):
+        """A row's {"text": token ids (T,), "image": (3, S, S)}, or one of the two."""
+        reader = {"text": torch.tensor, "image": self.pixels}
+        return {m: reader[m](inputs[row]) for m, inputs in self.inputs.items()}
+
+    def run(self, read, device):
+        """What `read` made of n rows -> hidden states (n, T, width), mask (n, T)."""
         model = self.model.to(device)
-        mask = None
-        if self.modality == "text":
+        given = {}
+        mask = torch.ones(len(read), 0, dtype=torch.bool, device=device)
+        if "text" in self.inputs:
+            ids = [x["text"] for x in read]
+            lengths = torch.tensor([len(x) for x in ids], device=device)
             padding = model.config.pad_token_id or 0
-            ids = nn.utils.rnn.pad_sequence(inputs, True, padding).to(device)
-            lengths = torch.tensor([len(x) for x in inputs], device=device)
+            ids = nn.utils.rnn.pad_sequence(ids, True, padding).to(device)
             mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
             given = {"input_ids": ids, "attention_mask": mask.long()}
-        else:
-            given = {"pixel_values": torch.stack(inputs).to(device)}
+        if "image" in self.inputs:
+            given["pixel_values"] = torch.stack([x["image"] for x in read]).to(device)
+        try:
+            hidden = as_tokens(model(**given).last_hidden_state)    # no block is trained, or all
+        except Boundary.Reached as reached:
+            hidden = as_tokens(reached.args[0])
+        of_pictures = hidden.shape[1] - mask.shape[1]    # tokens; they stand after the text's
+        return hidden, F.pad(mask, (0, of_pictures), value=True)
+
+    @torch.no_grad()
+    def hidden(self, read, device):
+        """The same of a frozen bottom: in full precision."""
         with torch.autocast(device.type, enabled=False):
-            try:
-                hidden = model(**given).last_hidden_state    # where no block is trained
-            except Boundary.Reached as reached:
-                hidden = reached.args[0]
-        if hidden.dim() == 4:                                # ResNet's map -> (n, V, width)
-            hidden = hidden.flatten(2).mT
-        if mask is None:
-            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        return hidden, mask
+            return self.run(read, device)
 
     def boundary(self, rows):
         """Rows of the inputs (R,) -> hidden states (R, T, width), mask (R, T)."""
-        return self.hidden([self.read(self.inputs[row]) for row in rows.tolist()], rows.device)
+        read = [self.read(row) for row in rows.tolist()]
+        return self.run(read, rows.device) if self.tuned == -1 else self.hidden(read, rows.device)
 
-    def fingerprint(self, tune_blocks):
+    def fingerprint(self):
         """Of what decides the hidden states: the frozen model, and the tokens, or each picture's
         path, size and time."""
-        pixels = () if self.modality == "text" else (self.size, self.mean, self.std)
-        about = f"{self.model.config} {tune_blocks} {pixels}"
+        about = f"{self.model.config} {self.tuned} {self.size} {self.mean} {self.std}"
         digest = hashlib.blake2b(about.encode(), digest_size=12)
         for key, weight in self.model.state_dict().items():
             if "pooler" not in key:    # not used, and random where a checkpoint lacks it
                 digest.update(weight.cpu().contiguous().numpy().tobytes())
-        for x in self.inputs:
+        for x in (x for inputs in self.inputs.values() for x in inputs):
             about = ()
             if isinstance(x, str) and os.path.exists(x):
                 stat = os.stat(x)
@@ -326,51 +471,51 @@ class Frozen:
         return digest.hexdigest()
 
 
-def lengths_of(frozen, tokens):
-    """How many tokens each input has, of so many in all."""
-    if frozen.modality == "text":
-        return [len(x) for x in frozen.inputs]
-    n = len(frozen.inputs)
-    return [tokens // n] * n
+def lengths_of(bottom, tokens, n):
+    """How many tokens each row has, where the first n rows have so many in all: those of its text,
+    and for each picture the same number."""
+    words = [len(ids) for ids in bottom.inputs.get("text", [()] * len(bottom))]
+    of_picture = (tokens - sum(words[:n])) // n if "image" in bottom.inputs else 0
+    return [length + of_picture for length in words]
 
 
 class Cached:
-    """The hidden states of all inputs at the boundary, computed once and kept on disk.
+    """The hidden states of all rows at the boundary, computed once and kept on disk.
 
-    One .npy file of (tokens, width), the inputs one after the other, opened as a memory map, and
+    One .npy file of (tokens, width), the rows one after the other, opened as a memory map, and
     copied to the GPU where there is room. A damaged one is made again.
     """
 
-    def __init__(self, frozen, width, cfg, device):
+    def __init__(self, bottom, width, cfg, device):
         dtype = np.dtype(np.float16 if cfg.cache == "fp16" else np.float32)
-        name = f"{frozen.modality}-{frozen.fingerprint(cfg.tune_blocks)}.{cfg.cache}.npy"
+        name = f"{bottom.modality}-{bottom.fingerprint()}.{cfg.cache}.npy"
         path = Path(cfg.cache_dir) / name
-        hidden = self.opened(path, frozen, width, dtype)
+        hidden = self.opened(path, bottom, width, dtype)
         if hidden is None:
-            self.make(path, frozen, dtype, device)
-            hidden = self.opened(path, frozen, width, dtype)
+            self.make(path, bottom, dtype, device)
+            hidden = self.opened(path, bottom, width, dtype)
         self.hidden = torch.from_numpy(hidden)
-        lengths = lengths_of(frozen, len(hidden))
-        # where each input's tokens begin
+        lengths = lengths_of(bottom, len(hidden), len(bottom))
+        # where each row's tokens begin
         self.start = torch.tensor([0, *lengths], device=device).cumsum(0)
         if device.type == "cuda" and self.hidden.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.hidden = self.hidden.to(device)
 
-    def opened(self, path, frozen, width, dtype):
+    def opened(self, path, bottom, width, dtype):
         """The file as a memory map, None where there is none or it is damaged."""
         if not path.is_file():
             return None
         try:
             hidden = np.load(path, mmap_mode="c", allow_pickle=False)
             fits = hidden.dtype == dtype and hidden.ndim == 2 and hidden.shape[1] == width
-            if fits and sum(lengths_of(frozen, len(hidden))) == len(hidden):
+            if fits and sum(lengths_of(bottom, len(hidden), len(bottom))) == len(hidden):
                 return hidden
         except (ValueError, OSError, EOFError):    # cut off, or no .npy at all
             pass
         print(f"{path} is damaged: it is made again", flush=True)
         return None
 
-    def make(self, path, frozen, dtype, device):
+    def make(self, path, bottom, dtype, device):
         """Fill the file under another name, then rename it: it is there whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f"{path.name}.*"):    # by a run that was killed
@@ -380,30 +525,30 @@ class Cached:
         partial = Path(f"{path}.{uuid.uuid4().hex[:8]}")
         begin = time.time()
         try:
-            self.fill(partial, frozen, dtype, device)
+            self.fill(partial, bottom, dtype, device)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        n, size = len(frozen.inputs), path.stat().st_size
-        print(f"{n} {frozen.modality}s to the boundary, {frozen.unreadable} unreadable, "
+        n, size = len(bottom), path.stat().st_size
+        print(f"{n} {bottom.modality}s to the boundary, {bottom.unreadable} unreadable, "
               f"{time.time() - begin:.0f} s: {size / 2**20:.1f} MiB, {size / 1024 / n:.1f} KiB "
               f"each, in {path}", flush=True)
 
-    def fill(self, path, frozen, dtype, device):
+    def fill(self, path, bottom, dtype, device):
         step = 256 if device.type == "cuda" else 32
-        inputs = frozen.inputs
+        n = len(bottom)
         with open(path, "wb") as file, ThreadPoolExecutor() as pool, np.errstate(over="ignore"):
-            for first in range(0, len(inputs), step):
-                batch = list(pool.map(frozen.read, inputs[first:first + step]))
-                hidden, mask = frozen.hidden(batch, device)
+            for first in range(0, n, step):
+                read = list(pool.map(bottom.read, range(first, min(first + step, n))))
+                hidden, mask = bottom.hidden(read, device)
                 rows = hidden[mask].cpu().numpy()
                 check(np.isfinite(rows).all(),
-                      f"{frozen.modality}_encoder makes hidden states that are not finite")
+                      f"{bottom.setting} makes hidden states that are not finite")
                 rows = rows.astype(dtype)
                 check(np.isfinite(rows).all(),
-                      f"{frozen.modality}_encoder has hidden states beyond fp16: give cache fp32")
+                      f"{bottom.setting} has hidden states beyond fp16: give cache fp32")
                 if first == 0:    # all pictures have as many tokens as the first
-                    lengths = lengths_of(frozen, len(inputs) * mask.shape[1])
+                    lengths = lengths_of(bottom, len(rows), len(read))
                     header = np.lib.format.header_data_from_array_1_0(rows)
                     header["shape"] = (sum(lengths), rows.shape[1])
                     np.lib.format.write_array_header_1_0(file, header)
@@ -426,47 +571,49 @@ class Cached:
 class Tower(nn.Module):
     """The trained top of an encoder, on the hidden states of its frozen bottom.
 
-    model, other: of load_encoder. wanted: the text, or the path of a picture or None, of each item;
-    row 0 is padding. Raises ValueError.
+    model: of encoder_of, or of one_stream. readers: what load_encoder gives with a model, by
+    modality. wanted: the text, or the path of a picture or None, of each item, by modality; row 0
+    is padding. Raises ValueError.
     """
 
-    def __init__(self, model, other, modality, wanted, cfg):
+    def __init__(self, model, readers, wanted, cfg):
         super().__init__()
         config = model.config
         self.cfg = cfg
-        self.modality = modality
+        self.modality = "pair" if len(wanted) == 2 else next(iter(wanted))
         self.kind = config.model_type
-        reads = {"text": "input_ids", "image": "pixel_values"}[modality]
-        check(self.kind in TOWERS and model.main_input_name == reads,
-              f"{modality}_encoder of the type {self.kind} is not supported, only "
-              f"{', '.join(TOWERS)}")
+        check_kind(model, setting_of(self.modality), self.modality)
+        same = self.modality != "image" or cfg.tune_image_blocks == -2
+        self.tuned = cfg.tune_blocks if same else cfg.tune_image_blocks
         self.cut(model)
-        self.width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
-        nothing = "" if modality == "text" else None
-        row = {x: i for i, x in enumerate(dict.fromkeys([nothing, *wanted[1:]]))}
-        row_of = torch.tensor([0] + [row[x] for x in wanted[1:]])
+        self.width = width_of(config)
+        nothing = {"text": "", "image": None}
+        columns = [[nothing[m], *x[1:]] for m, x in wanted.items()]
+        contents = list(zip(*columns))
+        row = {content: i for i, content in enumerate(dict.fromkeys(contents))}
+        row_of = torch.tensor([row[content] for content in contents])
         self.register_buffer("row_of", row_of, persistent=False)    # (N+1,) of the distinct inputs
-        self.frozen = Frozen(model, modality, list(row))    # no module: no part of the weights
-        if modality == "text":
-            self.tokenize(other, config)
-        else:
-            tiny = cfg.image_encoder.partition("-")[0] == "tiny"
-            size = getattr(config, "image_size", 64 if tiny else 224)
-            self.frozen.size = np.ravel(size)[0].item()
-            self.frozen.mean, self.frozen.std = torch.tensor(other)[..., None, None]
-        self.below = None    # Frozen or Cached, once it is prepared
+        inputs = dict(zip(wanted, map(list, zip(*row))))
+        self.bottom = Bottom(model, self.modality, inputs, self.tuned)    # no module: not saved
+        if "text" in wanted:
+            inputs["text"] = self.tokenize(readers["text"], inputs["text"], config)
+        if "image" in wanted:
+            self.bottom.size = np.ravel(getattr(config, "image_size", 224))[0].item()
+            self.bottom.mean, self.bottom.std = torch.tensor(readers["image"])[..., None, None]
+        self.below = None    # Bottom or Cached, once it is prepared
         self.train()
 
     def cut(self, model):
         """Take the top blocks, and the norm after them, out of the model (reading 1)."""
-        where, norm = TOWERS[self.kind]
+        _, where, norm = TOWERS[self.kind]
         last = len(getattr(model.config, "depths", ())) - 1
         blocks = model.get_submodule(where.format(last=last))
-        first = len(blocks) - self.cfg.tune_blocks
+        first = len(blocks) - max(self.tuned, 0)
         least = int(self.kind == "resnet")    # its last stage's first block reads another shape
-        check(least <= first <= len(blocks),
-              f"tune_blocks {self.cfg.tune_blocks} of {self.modality}_encoder must be from 0 to "
-              f"{len(blocks) - least}")
+        check(least <= first,
+              f"tune_blocks {self.tuned} of {setting_of(self.modality)} must be from 0 to "
+              f"{len(blocks) - least}, or -1 for all of it")
+        self.whole = model if self.tuned == -1 else None    # then it is all trained
         self.blocks = nn.ModuleList(list(blocks)[first:])
         # FLAVA's own fusion reads the tokens before their norm
         own = self.cfg.fusion == "flava" and self.cfg.modality == "both"
@@ -480,10 +627,10 @@ class Tower(nn.Module):
             del blocks[first + 1:]
         for module in self.modules():         # indices of positions, statistics of BatchNorm
             module._non_persistent_buffers_set.update(module._buffers)
-        if self.kind == "vit_mae":            # reading 4
-            model.embeddings.random_masking = lambda x, noise=None: (x, None, None)
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats = False    # or loading asks for a count of batches
 
-    def tokenize(self, tokenizer, config):
+    def tokenize(self, tokenizer, texts, config):
         """Texts -> token ids (reading 2). Raises ValueError for too many max_tokens."""
         room = config.max_position_embeddings
         if self.kind == "roberta":
@@ -491,21 +638,24 @@ class Tower(nn.Module):
         check(3 <= self.cfg.max_tokens <= room,
               f"max_tokens {self.cfg.max_tokens} of {self.cfg.text_encoder} must be from 3 to "
               f"{room}")
-        tokens = tokenizer(self.frozen.inputs, max_length=self.cfg.max_tokens, truncation=True)
-        self.frozen.inputs = tokens["input_ids"]
+        return tokenizer(texts, max_length=self.cfg.max_tokens, truncation=True)["input_ids"]
 
     def train(self, mode=True):
-        return super().train(mode and self.kind != "resnet")    # reading 11
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()                 # reading 11
+        return self
 
     def prepare(self, device):
         """Open the cache, or fill it; then forget the frozen bottom. Nothing the second time."""
         if self.below is not None:
             return
-        if self.cfg.cache == "off":
-            self.below = self.frozen
+        if self.cfg.cache == "off" or self.whole is not None:
+            self.below = self.bottom
         else:
-            self.below = Cached(self.frozen, self.width, self.cfg, device)
-        self.frozen = None
+            self.below = Cached(self.bottom, self.width, self.cfg, device)
+        self.bottom = None
 
     def forward(self, items):
         """Items (U,) -> tokens (U, T, width), mask (U, T)."""
@@ -518,16 +668,14 @@ class Tower(nn.Module):
         for block in self.blocks:
             x = block(x, *more)
             x = x[0] if isinstance(x, tuple) else x
-        if self.kind == "resnet":
-            x = x.flatten(2).mT
-        return self.norm(x).index_select(0, back), mask[back]
+        return self.norm(as_tokens(x)).index_select(0, back), mask[back]
 
     def arguments(self, x, mask, side):
         """What a block of this kind of encoder takes besides the hidden states."""
-        if self.modality == "text":
+        if self.modality != "image":
             T = x.shape[1]
             look = mask[:, None, None].expand(-1, 1, T, -1)       # (R, 1, T, T) True = may look
-            if self.kind == "clip_text_model":                    # it is causal
+            if self.kind in CAUSAL:
                 look = look.tril()
             added = torch.zeros_like(look, dtype=x.dtype)
             return (added.masked_fill(~look, torch.finfo(x.dtype).min),)
@@ -690,7 +838,10 @@ class Flava(nn.Module):
 
 
 def make_fusion(cfg, flava):
-    """The fusion of a Config; flava: the whole model, which fusion flava takes its part from."""
+    """The fusion of a Config, None for one stream; flava: the whole model, which fusion flava takes
+    its part from."""
+    if cfg.fusion == "stream":
+        return None
     if cfg.fusion == "flava":
         return Flava(cfg, flava)
     if cfg.fusion in ("merge", "co"):
@@ -796,18 +947,24 @@ class MMSR(nn.Module):
         both = cfg.modality == "both"
         names = {"text": cfg.text_encoder, "image": cfg.image_encoder}
         wanted = {"text": catalog["titles"], "image": catalog["image_paths"]}
-        parts = {"text": ("text_model",), "image": ("vision_model", "image_model")}    # CLIP, FLAVA
-        whole = None
-        for m in ("text", "image") if both else (cfg.modality,):
-            whole, other = load_encoder(names[m], m)
-            own = [getattr(whole, part) for part in parts[m] if hasattr(whole, part)]
-            tower = Tower(own[0] if own else whole, other, m, wanted[m], cfg)
-            self.towers[m] = tower
-            projected = not (both and cfg.fusion == "flava")
+        if not both:
+            wanted = {cfg.modality: wanted[cfg.modality]}
+        encoders, readers = {}, {}
+        for m in wanted:
+            whole, readers[m] = load_encoder(names[m], m)
+            encoders[m] = encoder_of(whole, m, cfg.mask_ratio)
+        check_mask_ratio(cfg, encoders)
+        if both and cfg.fusion == "stream":
+            self.towers["pair"] = Tower(one_stream(**encoders, cfg=cfg), readers, wanted, cfg)
+        else:
+            for m, encoder in encoders.items():
+                self.towers[m] = Tower(encoder, {m: readers[m]}, {m: wanted[m]}, cfg)
+        projected = not (both and cfg.fusion == "flava")
+        for m, tower in self.towers.items():
             self.project[m] = nn.Linear(tower.width, cfg.dim) if projected else nn.Identity()
         if both:
             self.fusion = make_fusion(cfg, whole)
-        self.find_twins([wanted[m][1:] for m in self.towers])
+        self.find_twins([x[1:] for x in wanted.values()])
 
     def find_twins(self, contents):
         """Items with one title and one picture are one. Raises ValueError where all items are.
@@ -870,7 +1027,8 @@ class MMSR(nn.Module):
         return fuse(*tokens) * real
 
     def forward(self, batch):
-        """{"next_item": loss}: eq. (6), or with `--loss in_batch` that of reading 9."""
+        """{"next_item": loss} of each item given all before it, eq. (3): that of eq. (6), or with
+        `--loss in_batch` of reading 9."""
         seq = recent(self, batch)
         target = batch["target"][:, -seq.shape[1]:]
         if self.cfg.prefixes:    # one target a row, the last
