@@ -1098,10 +1098,15 @@ class MMSR(nn.Module):
 
     def score(self, batch, table):
         """The last state times each item: scores (B, N+1)."""
+        users, items = self.as_product(batch, table)
+        return users @ items.T
+
+    def as_product(self, batch, table):
+        """Users (B, D) and items (N+1, D) whose products are the scores."""
         seq = recent(self, batch)
         real = seq != 0
         x = F.embedding(seq, table) * real[..., None]
-        return self.user(x, real)[:, -1] @ table.T
+        return self.user(x, real)[:, -1], table
 
     def init_from(self, state):
         """Start from the weights of a model of any catalog. Raises ValueError for other weights."""
