@@ -5,7 +5,8 @@ import re
 from helpers import ROOT
 
 FLOORS = (    # nothing imports to its right
-    "common", "sources", "data", "extract_features", "loop", "evaluate", "train", "recommend", "bench"
+    "common", "sources", "data", "extract_features", "loop", "evaluate", "train", "recommend",
+    "bench",
 )
 FILES = [path for path in ROOT.rglob("*.py")
          if path.relative_to(ROOT).parts[0] not in ("tests", "docs", ".venv", "data", "runs")
