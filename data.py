@@ -281,7 +281,7 @@ class Rows:
         self.start = on_device(starts)
         self.end = on_device(ends)
         self.first = on_device(first)     # where the whole history begins
-        self.flat = on_device(np.append(dataset.flat, 0))    # a row may end where the data ends
+        self.flat = on_device(dataset.flat)
 
     def __len__(self):
         return len(self.lengths)
@@ -295,10 +295,11 @@ class Rows:
         place = self.end[index, None] - length + torch.arange(length, device=index.device)
         real = place >= self.start[index, None]
         place = place.clamp(min=0)
+        after = (place + 1).clamp(max=len(self.flat) - 1)    # a whole history may end the data
         return {
             "user": self.user[index],
             "seq": torch.where(real, self.flat[place], 0),
-            "target": torch.where(real, self.flat[place + 1], 0),
+            "target": torch.where(real, self.flat[after], 0),
         }
 
     def seen(self, index, length) -> torch.Tensor:
