@@ -2,6 +2,7 @@
 
     python evaluate.py runs/mdsrec-demo-0                       evaluated again
     python evaluate.py runs/sasrec-demo-? runs/mdsrec-demo-?    one table, each against the first
+    python evaluate.py runs/mdsrec-demo-0 --against runs/sasrec-demo-0    a page, with users
 
 One target per user, so Recall@K = HR@K. Every number exists twice: over all items, and `masked`,
 where the items of the user's own history are left out of the ranking (the target itself never is).
@@ -18,12 +19,13 @@ from common.files import UserError, command
 from common.progress import Bar
 from common.statistics import paired  # noqa: F401, for whoever compares ranks
 from data import COLD
-from loop import comparison
+from loop import comparison, report
 from loop.runs import open_run
 from sources import demo
 
 KS = (5, 10, 20, 50)
 HISTORY = ((1, 4), (5, 9), (10, 19), (20, None))    # groups of history length
+SHOWN = 6    # users of each kind on a page of two runs
 
 
 # ---------------- ranks and metrics
@@ -199,14 +201,16 @@ def summary(result) -> dict:
 
 
 @torch.no_grad()
-def examples(model, dataset, cfg, device, users=8, seed=0) -> list:
-    """What some test users, drawn at random, got.
+def examples(model, dataset, cfg, device, users=8, seed=0, drawn=None) -> list:
+    """What some test users, drawn at random, got; drawn: the numbers of others.
 
     -> [{"history": item ids, the oldest first, "target": id, "rank": 0 = best, "top": the five
     items ranked first}]
     """
     rows = dataset.evaluated_rows("test", cfg.max_len, device)
-    drawn = np.random.default_rng(seed).permutation(len(rows))[:users]
+    if drawn is None:
+        drawn = np.random.default_rng(seed).permutation(len(rows))[:users]
+    drawn = np.ascontiguousarray(drawn)
     index = torch.as_tensor(drawn, device=device)
     batch = rows.batch(index, int(rows.lengths[drawn].max()))
     target = rows.flat[rows.end[index]]
@@ -291,6 +295,11 @@ def main():
     folders = args.runs
     if len(folders) > 1:    # runs/* has tables and what else lies there
         folders = [folder for folder in folders if comparison.is_run(folder)] or folders
+    if args.against:
+        if len(folders) > 1:
+            raise UserError("--against compares one run with another: give one before it")
+        page_of_two(folders[0], args.against, args)
+        return
     if len(folders) > 1:
         table_of_runs(folders, args.out)
         return
@@ -314,6 +323,46 @@ def table_of_runs(folders, out=None):
         print(f"\nthe table is {out}.md, its numbers {out}.json")
 
 
+def page_of_two(folder, other, args):
+    """Write a page beside a run: its difference to another, and users where they differ most."""
+    rows = comparison.rows_of([folder, other])
+    pair = [run for runs in rows.values() for run in runs]
+    difference = comparison.difference(pair[:1], pair[1:])
+    ranks = [run.ranks for run in pair]
+    gap = np.log2(ranks[1] + 1.) - np.log2(ranks[0] + 1.)    # how many times better the first is
+    order = np.argsort(-gap, kind="stable")
+    names = [path.resolve().name for path in (folder, other)]
+    if names[0] == names[1]:
+        names = [str(folder), str(other)]
+    chosen = {f"where {names[0]} is better": order[:SHOWN],
+              f"where {names[1]} is better": order[::-1][:SHOWN]}
+    tops = []
+    for path in (folder, other):
+        opened = open_run(path, args.device, args.data)
+        tops.append({
+            heading: examples_of(opened, drawn) for heading, drawn in chosen.items()
+        })
+    users = {
+        heading: [
+            {**one, "ranks": [one["rank"], two["rank"]], "tops": [one["top"], two["top"]]}
+            for one, two in zip(tops[0][heading], tops[1][heading])
+        ]
+        for heading in chosen
+    }
+    path = folder / f"against-{names[1].replace('/', '-')}.html"
+    report.write_comparison(
+        path, names, opened.dataset, [run.metrics for run in pair], difference, users
+    )
+    print(f"NDCG@10 of {names[0]} minus {names[1]}: {difference['difference']:+.4f}, 95 % interval "
+          f"{difference['low']:+.4f} to {difference['high']:+.4f}, p {difference['p']:.4f}; the "
+          f"page is {path}")
+
+
+def examples_of(run, drawn) -> list:
+    """`examples` of test users by their numbers."""
+    return examples(run.model(), run.dataset, run.cfg, run.device, drawn=drawn)
+
+
 def arguments():
     parser = argparse.ArgumentParser(
         description="Evaluate a finished run; of several, make one table.", allow_abbrev=False
@@ -322,6 +371,7 @@ def arguments():
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder, such as runs/mdsrec-demo-0")
     add("--data", help="where the data of one run is now (default: where it was in training)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--against", type=Path, metavar="RUN", help="write a page on one run against another")
     add("--out", type=Path, help="write the table of several runs as OUT.md and OUT.json")
     return parser.parse_args()
 

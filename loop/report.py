@@ -14,6 +14,7 @@ from common.pictures import BadPicture, open_picture
 
 COLUMNS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 THUMBNAIL = (168, 168)    # pixels, twice what is shown
+COLOURS = ("#2a62b8", "#e0a030")    # of the bars of one run, of two
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222 }
 body { margin: 2em auto; max-width: 70em; padding: 0 1em }
@@ -21,7 +22,8 @@ table { border-collapse: collapse }
 td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child { text-align: left; font-weight: normal; white-space: nowrap }
 thead th { font-weight: bold }
-svg { background: #f6f6f4; margin: .4em; border-radius: 4px }
+svg { background: #f6f6f4; margin: .4em 0; border-radius: 4px }
+table { display: block; overflow-x: auto }
 polyline { fill: none; stroke: #2a62b8; stroke-width: 2 }
 figure { display: inline-block; width: 76px; margin: .3em .2em; vertical-align: top }
 figcaption { font-size: 10px; line-height: 1.25 }
@@ -49,7 +51,8 @@ def write_report(folder, label, dataset, result, log, examples):
             f"Best epoch {result['best_epoch']} of {result['epochs']}, {cost} Test metrics, full "
             f"ranking over {dataset.n_items} items; masked: without the user's history."
         )
-        head = table(result)
+        everybody = {"without the history": (result["test_masked"], result["groups_masked"])}
+        head = f"{table(result)}<h2>NDCG@10 by group</h2>{bars(everybody)}"
         sections = "".join(section(dataset, example) for example in examples)
         users = f"<h2>{len(examples)} test users, drawn at random</h2>\n{sections}"
     else:
@@ -91,17 +94,103 @@ def write_recommendations(path, model, dataset, people):
 
 def table(result) -> str:
     """The metrics, overall and by group, plain and masked."""
-    head = "".join(f"<th>{name}" for name in COLUMNS)
-    head += "".join(f"<th>masked {name}" for name in COLUMNS)
     rows = [row("all", result["users"], result["test"], result["test_masked"])]
     for group, numbers in result["groups"].items():
         rows.append(row(group, numbers["users"], numbers, result["groups_masked"][group]))
-    return f"<table><thead><tr><th><th>users{head}</thead>{''.join(rows)}</table>"
+    return f"<table>{head_of_table()}{''.join(rows)}</table>"
+
+
+def head_of_table() -> str:
+    head = "".join(f"<th>{name}" for name in COLUMNS)
+    head += "".join(f"<th>masked {name}" for name in COLUMNS)
+    return f"<thead><tr><th><th>users{head}</thead>"
 
 
 def row(name, users, plain, masked) -> str:
     cells = "".join(f"<td>{numbers[c]:.4f}" for numbers in (plain, masked) for c in COLUMNS)
     return f"<tr><th>{html.escape(name)}<td>{users}{cells}"
+
+
+def bars(runs) -> str:
+    """NDCG@10 without the history of all users and of each group, a bar for each run.
+
+    runs: {name: (numbers of all users, {group: numbers})}; several have one colour each.
+    """
+    values = {
+        name: {"all": everybody["ndcg@10"]} | {group: row["ndcg@10"] for group, row in by.items()}
+        for name, (everybody, by) in runs.items()
+    }
+    groups = list(dict.fromkeys(group for row in values.values() for group in row))
+    longest = max(max(row.values()) for row in values.values()) or 1
+    step = 14 * len(runs) + 8
+    height = step * len(groups) + 30
+    parts = []
+    for n, group in enumerate(groups):
+        middle = 30 + n * step + 7 * len(runs)
+        label = html.escape(group)
+        parts.append(f'<text x="118" y="{middle + 4}" text-anchor="end">{label}</text>')
+        for m, (row, colour) in enumerate(zip(values.values(), COLOURS)):
+            if group in row:
+                y, width = 30 + n * step + 14 * m, 300 * row[group] / longest
+                parts.append(
+                    f'<rect x="126" y="{y}" width="{width:.1f}" height="12" fill="{colour}"/>'
+                    f'<text x="{132 + width:.1f}" y="{y + 10}">{row[group]:.4f}</text>'
+                )
+    names = "".join(
+        f'<tspan fill="{colour}" dx="12">{html.escape(name)}</tspan>'
+        for name, colour in zip(values, COLOURS)
+    )
+    legend = f'<text x="114" y="18" font-weight="bold">{names}</text>'
+    return (
+        f'<svg viewBox="0 0 500 {height}" style="width: 100%; max-width: 500px" font-size="11">'
+        f'{legend}{"".join(parts)}</svg>'
+    )
+
+
+def write_comparison(path, names, dataset, results, difference, users):
+    """A page of two runs.
+
+    names: of the runs. results: what their metrics.json hold. difference: of
+    comparison.difference. users: {heading: [{"history", "target", "ranks", "tops"}]}, the last two
+    of both runs, of users where they differ most.
+    """
+    both = {
+        name: (result["test_masked"], result["groups_masked"])
+        for name, result in zip(names, results)
+    }
+    rows = "".join(
+        row(name, result["users"], result["test"], result["test_masked"])
+        for name, result in zip(names, results)
+    )
+    first, second = map(html.escape, names)
+    lead = (
+        f"NDCG@10 of {first} minus {second}: {difference['difference']:+.4f}, 95 % interval "
+        f"{difference['low']:+.4f} to {difference['high']:+.4f} (bootstrap over users), "
+        f"p {difference['p']:.4f} (permutation of signs)."
+    )
+    sections = []
+    for heading, people in users.items():
+        sections.append(f"<h2>{html.escape(heading)}</h2>")
+        sections += [section_of_both(dataset, names, person) for person in people]
+    body = f"""<p>{lead}</p>
+<table>{head_of_table()}{rows}</table>
+<h2>NDCG@10 without the history, by group</h2>{bars(both)}
+{"".join(sections)}"""
+    write_page(path, f"{first} against {second}", body)
+
+
+def section_of_both(dataset, names, person) -> str:
+    """One user: the end of the history, the next item, and what each run ranked first."""
+    target = person["target"]
+    tops = "".join(
+        f"<div><h3>{html.escape(name)}: rank {rank + 1}</h3>{figures(dataset, top, target)}</div>"
+        for name, rank, top in zip(names, person["ranks"], person["tops"])
+    )
+    return (
+        f"<section><div><h3>the last of the history</h3>"
+        f"{figures(dataset, person['history'][-6:])}</div>"
+        f"<div><h3>then</h3>{figures(dataset, [target])}</div>{tops}</section>"
+    )
 
 
 def curves(log) -> str:

@@ -157,3 +157,31 @@ def test_a_table_needs_finished_runs(tmp_path, folders):
     (folders[1] / "metrics.json").unlink()
     done = run("evaluate.py", *folders, cwd=tmp_path, ok=False)
     refused(done, "sasrec-shop-1 holds no finished run", "--resume")
+
+
+# ---------------- a page of two runs
+
+def test_a_page_of_one_run_against_another(tmp_path):
+    write_shop(tmp_path / "shop")
+    run("train.py", "--model", "pop,sasrec", "--data", "shop", cwd=tmp_path)
+    done = run("evaluate.py", "runs/sasrec-shop-0", "--against", "runs/pop-shop-0", cwd=tmp_path)
+    page = (tmp_path / "runs/sasrec-shop-0/against-pop-shop-0.html").read_text()
+    assert "NDCG@10 of sasrec-shop-0 minus pop-shop-0: " in done.stdout
+    assert re.search(r"minus pop-shop-0: ([+-][.\d]+)", done.stdout)[1] in page
+    assert "<script" not in page
+    ours, theirs = (np.load(tmp_path / f"runs/{model}-shop-0/ranks-test.npy")
+                    for model in ("sasrec", "pop"))
+    shown = [(int(a) - 1, int(b) - 1) for a, b in re.findall(
+        r"sasrec-shop-0: rank (\d+)</h3>.*?pop-shop-0: rank (\d+)</h3>", page, re.DOTALL)]
+    assert len(shown) == 12
+    assert set(shown) <= set(zip(ours.tolist(), theirs.tolist()))
+    gaps = np.log2(theirs + 1.) - np.log2(ours + 1.)
+    first = np.log2(shown[0][1] + 1.) - np.log2(shown[0][0] + 1.)
+    assert first == pytest.approx(gaps.max())
+    numbers = json.loads((tmp_path / "runs/sasrec-shop-0/metrics.json").read_text())
+    assert f"{numbers['groups_masked']['warm']['ndcg@10']:.4f}</text>" in page
+
+
+def test_a_page_of_two_needs_one_run_first(tmp_path, folders):
+    done = run("evaluate.py", *folders[:2], "--against", folders[2], cwd=tmp_path, ok=False)
+    refused(done, "--against compares one run with another")
