@@ -22,7 +22,7 @@ table { border-collapse: collapse }
 td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child { text-align: left; font-weight: normal; white-space: nowrap }
 thead th { font-weight: bold }
-svg { background: #f6f6f4; margin: .4em 0; border-radius: 4px }
+svg { background: #f6f6f4; margin: .4em .4em .4em 0; border-radius: 4px }
 table { display: block; overflow-x: auto }
 polyline { fill: none; stroke: #2a62b8; stroke-width: 2 }
 figure { display: inline-block; width: 76px; margin: .3em .2em; vertical-align: top }
