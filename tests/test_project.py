@@ -2,6 +2,8 @@
 import ast
 import re
 
+import mutants
+
 from helpers import ROOT
 
 FLOORS = (    # nothing imports to its right
@@ -47,3 +49,11 @@ def test_nothing_unsafe_is_read_or_run():
     )
     for path in FILES:
         assert not unsafe.search(path.read_text()), path
+
+
+def test_the_lists_of_changes_fit_the_code():
+    """Each change of tests/mutations/ has one place; `python tests/mutants.py` tries them."""
+    lists = sorted(mutants.LISTS.glob("*.txt"))
+    assert len(lists) >= 14
+    for path in lists:
+        assert len(mutants.read_list(path)) >= 5, path
