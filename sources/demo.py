@@ -70,6 +70,7 @@ QUESTIONS = {    # name: what differs from the plain shop
     "uncertainty": dict(kinds="steady", scattered=.5),
     "languages": dict(tongues=True, favourites=0, kinds="sharp"),
     "translated": dict(tongues=True, favourites=0, kinds="sharp", translated=True),
+    "many": dict(tongues=True, favourites=0, kinds="sharp", translated=True, n_users=20_000),
     "missing": dict(linked=.9, hidden="known", no_picture=.3, no_title=.3),
     "content": dict(told="in details"),
     "cold": dict(new=.3),
@@ -134,6 +135,7 @@ BLIND = {    # by question: oracles that take the shop for another one
     "uncertainty": {"blind to steadiness": dict(kinds="alike", scattered=0.)},
     "languages": {"blind to languages": dict(tongues=False)},
     "translated": {"blind to languages": dict(tongues=False)},
+    "many": {"blind to languages": dict(tongues=False)},
     "missing": {"filling in": dict(hidden="filled"), "filling nothing in": dict(hidden="nothing")},
     "content": {"overlooking details": dict(told="overlooked")},
 }

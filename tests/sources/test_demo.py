@@ -245,6 +245,7 @@ WORTH = {    # by question: NDCG@10 of oracles, as shares of the full one's, at 
     "uncertainty": {"blind to steadiness": .85},
     "languages": {"blind to languages": .8},
     "translated": {"blind to languages": .8},
+    "many": {"blind to languages": .8},
     "missing": {"filling in": .8, "filling nothing in": .65},
     "content": {"overlooking details": .4},
     "cold": {},
