@@ -33,6 +33,12 @@ def pages_of(root):
     return sorted([*root.glob("*.md"), *root.glob("models/*.md"), *root.glob("docs/**/*.md")])
 
 
+def papers_of(root):
+    """The pages on papers: each is called as its model file is."""
+    pages = sorted(root.glob("docs/papers/*.md"))
+    return [page for page in pages if (root / "models" / f"{page.stem}.py").is_file()]
+
+
 def faults_of(root):
     """What is wrong under a copy of the project, a sentence each."""
     faults = []
@@ -43,7 +49,7 @@ def faults_of(root):
         for command in commands_in(text):
             fault = fault_of_command(command, root)
             faults += [f"{name}: `{command}` does not parse: {fault}"] if fault else []
-    for page in sorted(root.glob("docs/papers/*.md")):
+    for page in papers_of(root):
         code = root / "models" / f"{page.stem}.py"
         text = page.read_text(encoding="utf-8")
         source = code.read_text(encoding="utf-8")
@@ -249,7 +255,7 @@ def main():
     parser.add_argument("--fix", action="store_true", help="move links to where functions are now")
     args = parser.parse_args()
     if args.fix:
-        for page in sorted(ROOT.glob("docs/papers/*.md")):
+        for page in papers_of(ROOT):
             page.write_text(fixed(page.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
     faults = faults_of(ROOT)
     for fault in faults:

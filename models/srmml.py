@@ -104,6 +104,9 @@ class SRMMLConfig:
 PRESETS = {    # chosen by validation NDCG@10
     "scientific-mm": dict(lr=5e-4, patience=10),
     "demo": dict(lr=5e-4, epochs=40, patience=10),
+    "demo-languages": dict(lr=1e-3, patience=30),    # a long plateau before it learns
+    "demo-translated": dict(lr=1e-3, patience=30),
+    "demo-many": dict(lr=1e-3, epochs=40, patience=8),
 }
 
 
