@@ -210,7 +210,7 @@ def examples(model, dataset, cfg, device, users=8, seed=0, drawn=None) -> list:
     rows = dataset.evaluated_rows("test", cfg.max_len, device)
     if drawn is None:
         drawn = np.random.default_rng(seed).permutation(len(rows))[:users]
-    drawn = np.ascontiguousarray(drawn)
+    drawn = np.array(drawn)
     index = torch.as_tensor(drawn, device=device)
     batch = rows.batch(index, int(rows.lengths[drawn].max()))
     target = rows.flat[rows.end[index]]
@@ -293,14 +293,19 @@ def demo_scale(dataset, label, result) -> str:
 def main():
     args = arguments()
     folders = args.runs
-    if len(folders) > 1:    # runs/* has tables and what else lies there
-        folders = [folder for folder in folders if comparison.is_run(folder)] or folders
+    if len(folders) > 1:    # runs/* has tables as well
+        folders = [folder for folder in folders if not folder.is_file()]
     if args.against:
         if len(folders) > 1:
             raise UserError("--against compares one run with another: give one before it")
+        if folders[0].resolve() == args.against.resolve():
+            raise UserError(f"--against {args.against} is the run itself: give another")
         page_of_two(folders[0], args.against, args)
         return
     if len(folders) > 1:
+        for name in ("data", "device"):
+            if getattr(args, name):
+                print(f"note: --{name} is not used: a table is made of what the runs have kept")
         table_of_runs(folders, args.out)
         return
     run = open_run(folders[0], args.device, args.data)
@@ -334,8 +339,11 @@ def page_of_two(folder, other, args):
     names = [path.resolve().name for path in (folder, other)]
     if names[0] == names[1]:
         names = [str(folder), str(other)]
-    chosen = {f"where {names[0]} is better": order[:SHOWN],
-              f"where {names[1]} is better": order[::-1][:SHOWN]}
+    better, worse = order[gap[order] > 0], order[gap[order] < 0][::-1]
+    chosen = {
+        f"where {name} is better": numbers[:SHOWN]
+        for name, numbers in zip(names, (better, worse)) if len(numbers)
+    }
     tops = []
     for path in (folder, other):
         opened = open_run(path, args.device, args.data)
@@ -373,7 +381,10 @@ def arguments():
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--against", type=Path, metavar="RUN", help="write a page on one run against another")
     add("--out", type=Path, help="write the table of several runs as OUT.md and OUT.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out is not None and (not args.out.name or args.against or len(args.runs) == 1):
+        raise UserError("--out names the table of several runs: give their folders")
+    return args
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.files import UserError, atomic, command, save_tensors, write_json
+from common.files import UserError, atomic, command, save_tensors, set_aside, write_json
 from common.progress import Bar
 from data import Rows
 from evaluate import chunk_size, ranking
@@ -106,8 +106,17 @@ def rows_of_history(history, max_len, device):
 
 
 def keys_of_users(dataset) -> list:
-    """The users' keys in the order of their numbers."""
-    return (dataset.folder / "users.txt").read_text(encoding="utf-8").splitlines()
+    """The users' keys in the order of their numbers. Raises UserError."""
+    path = dataset.folder / "users.txt"
+    try:
+        keys = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): prepare the data again") from None
+    if len(keys) != dataset.n_users:
+        raise UserError(
+            f"{path} has {len(keys)} keys for {dataset.n_users} users: prepare the data again"
+        )
+    return keys
 
 
 def number_of_user(dataset, key) -> int:
@@ -126,17 +135,19 @@ def ids_of_items(dataset, text) -> list:
 
     Raises UserError for no keys, and for keys that the data set lacks.
     """
-    lines = list(csv.reader([text], skipinitialspace=True))
-    keys = [key.strip() for key in lines[0] if key.strip()] if lines else []
+    lines = csv.reader(text.splitlines(), skipinitialspace=True)
+    keys = [key.strip() for line in lines for key in line if key.strip()]
     if not keys:
         raise UserError("--history is empty: give the keys of one item or more, as KEY,KEY")
     numbers = {item["key"]: number for number, item in enumerate(dataset.items)}
     strange = [key for key in keys if key not in numbers]
     if strange:
-        known = ", ".join(item["key"] for item in dataset.items[1:4])
+        known = [item["key"] for item in dataset.items[1:4]]
+        quoted = "; a key with a comma stands in quotes" if "," in "".join(known) else ""
         raise UserError(
             f"--history has {len(strange)} of {len(keys)} keys that are no item of "
-            f"{dataset.name}: {', '.join(strange[:3])}; its items are called {known}, ..."
+            f"{dataset.name}: {', '.join(strange[:3])}; its items are called "
+            f"{'  '.join(known)} ...{quoted}"
         )
     return [numbers[key] for key in keys]
 
@@ -169,15 +180,23 @@ def as_text(dataset, name, history, ids, scores) -> str:
         if item:
             key, title = dataset.items[item]["key"], title_of(dataset, item)
             lines.append(f"  {place:>3}  {score:>9.4f}  {key}  {title}")
+    if len(lines) == 1:
+        lines.append("  nothing is left to recommend: --keep_history lists what is there already")
     return "\n".join(lines)
 
 
+CONTENT = {"text", "image", "sentences", "pictures", "titles", "image_paths"}
+
+
 def note_of_unknown(run, history) -> str:
-    """A sentence on items of a history that the model knows nothing of; "" where it knows all."""
-    known = np.ones(run.dataset.n_items + 1, bool)
-    if any(f"has_{modality}" in run.module.READS for modality in ("text", "image")):
-        known = run.dataset.has["text"] | run.dataset.has["image"]
-    blank = [item for item in history if item < len(known) and not known[item]]
+    """A sentence on items of a history that have nothing that the model reads; "" if all have."""
+    if not CONTENT & set(run.module.READS):
+        return ""
+    known = run.dataset.has["text"] | run.dataset.has["image"]
+    blank = [
+        item for item in history
+        if not (known[item] if item < len(known) else title_of(run.dataset, item))
+    ]
     if not blank:
         return ""
     keys = ", ".join(run.dataset.items[item]["key"] for item in blank[:3])
@@ -269,7 +288,7 @@ def arguments():
     who.add_argument("--history", help="keys of the items that somebody new has: KEY,KEY,...")
     who.add_argument("--all", action="store_true", help="every user, into the file --out")
     who.add_argument("--export", type=Path, metavar="DIR", help="write vectors for a vector index")
-    add("--top", type=int, default=10, help="how many items (default: 10)")
+    add("--top", type=int, help="how many items (default: 10)")
     add("--keep_history", action="store_true", help="recommend what a user has, too")
     add("--items", type=Path, help="items.jsonl or items.csv of items that were not trained on")
     add("--out", type=Path, help="CSV file for --all")
@@ -282,8 +301,23 @@ def arguments():
 
 def check_arguments(args):
     """Raises UserError for flags that do not go together."""
+    if args.export is not None:
+        given = [name for name in ("top", "keep_history") if getattr(args, name)]
+        for name in given:
+            print(f"note: --{name} is not used: --export writes vectors of all users and items",
+                  file=sys.stderr)
+        if not args.export.name or args.export.is_file():
+            raise UserError(f"--export {args.export} is no folder: give the name of one")
+        if args.export.is_dir() and not (args.export / "about.json").is_file() and any(
+                args.export.iterdir()):
+            raise UserError(f"--export {args.export} has other files: give a new folder")
+    args.top = 10 if args.top is None else args.top
     if args.top < 1:
         raise UserError(f"--top {args.top} must be at least 1")
+    for name in ("out", "html"):
+        path = getattr(args, name)
+        if path is not None and (path.is_dir() or not path.name):
+            raise UserError(f"--{name} {path} is a folder: give the name of a file")
     if args.all and not args.out:
         raise UserError("--all needs a file for the lists: give --out top.csv")
     if args.out and not args.all:
@@ -309,10 +343,19 @@ def main():
             print(f"vectors of {run.dataset.n_users} users and {len(run.dataset.items) - 1} items "
                   f"in {args.export}")
         elif args.all:
+            keep_earlier(args.out)
             write_all(args.out, ranker, run.dataset, args.top)
             print(f"the best {args.top} items of {run.dataset.n_users} users in {args.out}")
+            if args.top > len(run.dataset.items) - 1:
+                print(f"note: there are {len(run.dataset.items) - 1} items, less than --top")
         else:
             show_one(args, run, ranker)
+
+
+def keep_earlier(path):
+    """Give a file that is in the way another name, and say so."""
+    if path.is_file():
+        print(f"an earlier {path} is now {set_aside(path)}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -339,6 +382,7 @@ def show_one(args, run, ranker):
     else:
         print(as_text(dataset, args.user, history, ids.tolist(), scores.tolist()))
     if args.html:
+        keep_earlier(args.html)
         people = [(args.user or "somebody new", history, ids[ids > 0].tolist())]
         write_recommendations(args.html, run.settings["model"], dataset, people)
         print(f"the page is {args.html}", file=sys.stderr)

@@ -50,6 +50,8 @@ def main():
     if len(commands) == 1:
         train_model(commands[0])
         return
+    for argv in commands:    # all are read before one is trained
+        settings.check_flags(settings.parse(argv)[0])
     folders = []
     for argv in commands:
         of_model, table = train_model(argv, reuse=True)

@@ -29,7 +29,9 @@ from loop import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "runs"
-TABLE = re.compile(r"(<!-- runs ([^:\n]+): ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(
+    r"(<!-- runs ([^:\n]+): ([^\n]+) -->\n)((?:(?!<!-- runs ).)*?)(<!-- end -->)", re.DOTALL
+)
 PLOT = re.compile(r"<!-- plot ([^:\n]+): (\S+?)(?:; ([^\n]+))? -->")
 OTHER = {"epoch": "best_epoch", "seconds": "seconds", "weights": "parameters"}
 WIDTH, ROW, LEFT, RIGHT = 760, 30, 110, 110    # pixels
@@ -39,7 +41,9 @@ WIDTH, ROW, LEFT, RIGHT = 760, 30, 110, 110    # pixels
 
 def keep(name, folders):
     """Copy config.json and metrics.json of runs, without what belongs to one machine."""
-    for folder in folders:
+    if Path(name).name != name:
+        raise UserError(f"--keep {name} must be a plain name")
+    for folder in (folder.resolve() for folder in folders):
         run = comparison.finished(folder)
         settings = run.settings | {"data": Path(run.settings["data"]).name}
         for modality in ("text", "image"):
@@ -89,6 +93,10 @@ def numbers(runs) -> dict:
 # ---------------- tables
 
 def table(name, columns) -> str:
+    known = [*OTHER, *(heading for heading, _, _ in comparison.COLUMNS)]
+    strange = [column for column in columns if column not in known]
+    if strange:
+        raise UserError(f"{strange[0]} is no column of a table: give some of {', '.join(known)}")
     rows = {row: numbers(runs) for row, runs in rows_of(name).items()}
     lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     best = {column: max((row[column][0] for row in rows.values() if column in row), default=0)
@@ -112,7 +120,7 @@ def cell(row, column, best) -> str:
 def written(page) -> str:
     """A page with its tables as they are made of what is kept."""
     def fill(match):
-        head, name, columns, end = match.groups()
+        head, name, columns, _, end = match.groups()
         return head + table(name, [column.strip() for column in columns.split(",")]) + end
     return TABLE.sub(fill, page)
 
@@ -193,7 +201,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     args = parser.parse_args()
-    if bool(args.keep) != bool(args.runs):
+    if bool(args.keep) != bool(args.runs) or (args.keep and args.check):
         raise UserError("--keep names a set and needs runs: --keep demo runs/*-demo-?")
     if args.keep:
         keep(args.keep, args.runs)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import UserError, atomic, read_json
+from common.files import UserError, atomic, read_json, set_aside
 from common.statistics import gain, holm, interval, mean_and_spread, p_value
 
 COLUMNS = (    # heading, part of metrics.json, metric
@@ -22,7 +22,8 @@ COLUMNS = (    # heading, part of metrics.json, metric
     ("cold N@10", "cold", "ndcg@10"),
 )
 DATA = ("sequences_sha256", "split", "cut")    # what runs in one table share
-IGNORED = ("seed", "data", "widths", "init", "model_file")    # no name for a row
+IGNORED = ("seed", "data", "widths", "config")    # settings that set no rows apart
+NEEDED = ("model", "seed", "split", "config", "sequences_sha256")
 
 
 @dataclass
@@ -34,7 +35,13 @@ class Finished:
 
     @property
     def ranks(self):
-        return np.load(self.folder / "ranks-test.npy", allow_pickle=False)
+        path = self.folder / "ranks-test.npy"
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): train the run again, or leave it out"
+            ) from None
 
     def number(self, part, metric):
         """A metric over all users or of a group; None for a group that nobody is in."""
@@ -51,8 +58,13 @@ def finished(folder) -> Finished:
             f"it out"
         )
     found = Finished(folder, read_json(folder / "config.json"), read_json(folder / "metrics.json"))
-    if "test" not in found.metrics:
+    both = isinstance(found.settings, dict) and isinstance(found.metrics, dict)
+    if not both or [name for name in NEEDED if name not in found.settings]:
+        raise UserError(f"{folder} has a config.json of no run: train it again, or leave it out")
+    if found.settings["split"] == "none":
         raise UserError(f"{folder} was trained on everything (--split none): nothing was tested")
+    if [name for name in ("test", "test_masked", "groups") if not found.metrics.get(name)]:
+        raise UserError(f"{folder} has a metrics.json of no run: train it again, or leave it out")
     return found
 
 
@@ -65,7 +77,8 @@ def is_run(folder) -> bool:
 def rows_of(folders) -> dict:
     """{name of a row: its runs}, in the order of the folders. Raises UserError for runs on
     different data or splits."""
-    runs = [finished(folder) for folder in folders]
+    unique = {Path(folder).resolve(): folder for folder in folders}
+    runs = [finished(folder) for folder in unique.values()]
     about = [tuple(run.settings.get(name) for name in DATA) for run in runs]
     for run, own in zip(runs, about):
         if own != about[0]:
@@ -78,8 +91,21 @@ def rows_of(folders) -> dict:
         groups.setdefault(fingerprint(run.settings), []).append(run)
     rows = {}
     for group in groups.values():
+        refuse_seeds_twice(group)
         rows[name_of(group[0], groups.values(), rows)] = group
     return rows
+
+
+def refuse_seeds_twice(runs):
+    """Raises UserError where two runs of a row have one seed."""
+    folders = {}
+    for run in runs:
+        other = folders.setdefault(run.settings["seed"], run.folder)
+        if other != run.folder:
+            raise UserError(
+                f"{other} and {run.folder} are runs of one seed with the same settings: leave one "
+                f"out"
+            )
 
 
 def fingerprint(settings) -> str:
@@ -89,7 +115,7 @@ def fingerprint(settings) -> str:
 
 def flat(settings) -> dict:
     both = {**settings, **settings["config"]}
-    return {name: value for name, value in both.items() if name not in (*IGNORED, "config")}
+    return {name: value for name, value in both.items() if name not in IGNORED}
 
 
 def name_of(run, groups, taken) -> str:
@@ -203,10 +229,12 @@ NOTE = (
 
 
 def write(path, found):
-    """The table as path.md and path.json."""
+    """The table as path.md and path.json; another one there is kept under another name."""
     note = f"\n\n{NOTE}\n" if len(found) > 1 else "\n"
-    with atomic(path.with_name(f"{path.name}.md")) as file:
-        file.write(markdown(found) + note)
-    with atomic(path.with_name(f"{path.name}.json")) as file:
-        json.dump(found, file, indent=1)
-        file.write("\n")
+    texts = {".md": markdown(found) + note, ".json": json.dumps(found, indent=1) + "\n"}
+    for end, text in texts.items():
+        file = path.with_name(path.name + end)
+        if file.is_file() and file.read_text(encoding="utf-8") != text:
+            print(f"an earlier {file} is now {set_aside(file)}")
+        with atomic(file) as opened:
+            opened.write(text)

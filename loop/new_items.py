@@ -16,6 +16,7 @@ from common.items import Items
 from common.vectors import is_vectors
 from extract_features import encoders
 from sources import write_items
+from sources.notes import notes_of_pictures
 
 from .runs import Features, align_widths, build, build_catalog, load_weights
 
@@ -30,6 +31,7 @@ def model_of_more(run, path):
     new = new_dataset(run, path)
     features = Features(run.settings["text"], run.settings["image"])
     catalog = build_catalog(run.module, new, features, run.device)
+    leave_out_what_was_not_trained(run, catalog, path)
     align_widths([run.catalog, catalog], run.settings.get("widths", {}))
     joined = {key: join(key, run.catalog[key], catalog[key]) for key in run.catalog}
     if "lang" in joined:
@@ -40,6 +42,19 @@ def model_of_more(run, path):
     dataset.items.extend(new.items[1:])
     dataset.fetched.update(new.fetched)
     return model
+
+
+def leave_out_what_was_not_trained(run, catalog, path):
+    """Where no item of the training had a picture, or a text, take those of new ones for missing,
+    in place, and say so."""
+    for modality, keys in KEYS.items():
+        read = [key for key in keys if key in catalog]
+        if any(run.catalog[key].any() for key in read) or not any(catalog[k].any() for k in read):
+            continue
+        for key in read:
+            catalog[key] = torch.zeros_like(catalog[key])
+        print(f"note: the {modality}s of {path} are not used: {run.folder} was trained without any",
+              flush=True)
 
 
 def refuse_weights_of_items(run, model):
@@ -93,7 +108,8 @@ def new_dataset(run, path):
         raise UserError(f"--items {path} is no file: give items.jsonl or items.csv")
     items.read(path)
     catalog = items.catalog
-    for note in items.notes():
+    named = [{"images": item["images"]} for item in catalog.values()]
+    for note in [*items.notes(), *notes_of_pictures(named, path.resolve().parent, True)]:
         print(f"note: {note}", flush=True)
     known = {item["key"] for item in run.dataset.items}
     twice = [key for key in catalog if key in known]

@@ -387,8 +387,7 @@ def where_data_is(folder, settings):
                 print(f"the data of {folder} is {about.parent} now, no longer {before}", flush=True)
                 return about.parent
     raise UserError(
-        f"the data of {folder} is no longer {before}: say where it is, as evaluate.py {folder} "
-        f"--data FOLDER"
+        f"the data of {folder} is no longer {before}: say where it is, with --data FOLDER"
     )
 
 
@@ -428,7 +427,12 @@ def open_run(folder, device=None, where=None) -> Run:
             f"{folder} holds no finished run (no model.safetensors): give a folder that train.py "
             f"made"
         )
+    if not (folder / "metrics.json").is_file():
+        print(f"note: the run in {folder} is not finished: its best weights so far are used",
+              flush=True)
     settings = read_json(folder / "config.json")
+    if not isinstance(settings, dict) or "model_file" not in settings:
+        raise UserError(f"{folder} has a config.json of no run: train it again")
     module = load_model_file(settings["model_file"])
     device = pick_device(device)
     where = where or where_data_is(folder, settings)

@@ -209,10 +209,14 @@ def one_per_model(argv) -> list:
     parser.add_argument("--model")
     given, rest = parser.parse_known_args(argv)
     names = [name.strip() for name in (given.model or "").split(",") if name.strip()]
-    if len(names) < 2:
+    if not names:
         return [argv]
-    if len(set(names)) < len(names):
-        raise UserError(f"--model {given.model} names a model twice: give each once")
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) < len(stems):
+        raise UserError(
+            f"--model {given.model} names two models of one name, which would share a folder: give "
+            f"each once, or rename a file"
+        )
     return [["--model", name, *rest] for name in names]
 
 

@@ -144,7 +144,7 @@ def test_a_run_with_other_settings_is_trained_anew(tmp_path):
 
 
 @pytest.mark.parametrize("models, words", [
-    ("sasrec,sasrec", ("names a model twice",)),
+    ("sasrec,sasrec", ("names two models of one name",)),
     ("sasrec,nobody", ("--model nobody is unknown",)),
 ])
 def test_wrong_models_are_refused(tmp_path, models, words):
@@ -185,3 +185,55 @@ def test_a_page_of_one_run_against_another(tmp_path):
 def test_a_page_of_two_needs_one_run_first(tmp_path, folders):
     done = run("evaluate.py", *folders[:2], "--against", folders[2], cwd=tmp_path, ok=False)
     refused(done, "--against compares one run with another")
+
+
+# ---------------- what is refused or said
+
+def test_models_of_one_name_and_flags_of_one_alone_are_refused_before_training(tmp_path):
+    write_shop(tmp_path / "shop")
+    (tmp_path / "pop.py").write_text("")
+    done = run("train.py", "--model", "pop.py,pop", "--data", "shop", cwd=tmp_path, ok=False)
+    refused(done, "two models of one name")
+    done = run("train.py", "--model", "pop,sasrec", "--data", "shop", "--use_ica", "true",
+               cwd=tmp_path, ok=False)
+    refused(done, "--use_ica")
+    assert not (tmp_path / "runs").exists()
+    run("train.py", "--model", "pop,", "--data", "shop", cwd=tmp_path)
+
+
+def test_the_same_run_twice_and_one_seed_twice(tmp_path, ranks):
+    one = write_run(tmp_path / "one", ranks["sasrec", 0])
+    same = write_run(tmp_path / "one~1", ranks["sasrec", 1])
+    assert len(comparison.rows_of([one, one])["sasrec"]) == 1
+    with pytest.raises(UserError, match="one seed with the same settings"):
+        comparison.rows_of([one, same])
+    other = write_run(tmp_path / "two", ranks["sasrec", 1], model_file="/x/sasrec.py")
+    assert len(comparison.rows_of([one, other])) == 2
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("ranks-test.npy", "broken", ("ranks-test.npy cannot be read", "leave it out")),
+    ("metrics.json", "{}", ("metrics.json of no run",)),
+    ("config.json", "{}", ("config.json of no run",)),
+    ("config.json", "[]", ("config.json of no run",)),
+])
+def test_damaged_runs_are_named(tmp_path, folders, file, content, words):
+    (folders[1] / file).write_text(content)
+    refused(run("evaluate.py", *folders, cwd=tmp_path, ok=False), *words)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--against",), ("is the run itself",)),
+    (("--out", "table"), ("--out names the table of several runs",)),
+])
+def test_flags_that_make_no_sense_for_one_run(tmp_path, folders, flags, words):
+    more = (folders[0],) if flags == ("--against",) else ()
+    refused(run("evaluate.py", folders[0], *flags, *more, cwd=tmp_path, ok=False), *words)
+
+
+def test_an_earlier_table_is_kept(tmp_path, folders):
+    run("evaluate.py", *folders[:2], "--out", "table", cwd=tmp_path)
+    done = run("evaluate.py", *folders, "--out", "table", "--device", "cpu", cwd=tmp_path)
+    assert (tmp_path / "table.md~1").is_file()
+    assert "an earlier table.md is now table.md~1" in done.stdout
+    assert "--device is not used" in done.stdout

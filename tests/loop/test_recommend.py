@@ -322,3 +322,55 @@ def test_a_model_file_that_is_gone_is_named(tmp_path):
     mine.unlink()
     done = run("recommend.py", "runs/mine-shop-0", "--user", "u1", cwd=tmp_path, ok=False)
     refused(done, "mine.py")
+
+
+# ---------------- what is in the way, and what is not used
+
+def test_what_is_in_the_way_is_kept(place):
+    (place / "mine.csv").write_text("mine")
+    done = run("recommend.py", "runs/pop-shop-0", "--all", "--out", "mine.csv", "--top", 99,
+               cwd=place)
+    assert (place / "mine.csv~1").read_text() == "mine"
+    assert "there are 30 items, less than --top" in done.stdout
+    (place / "full").mkdir()
+    (place / "full" / "items.txt").write_text("mine")
+    done = run("recommend.py", "runs/pop-shop-0", "--export", "full", cwd=place, ok=False)
+    refused(done, "has other files")
+
+
+def test_pictures_of_new_items_for_a_model_that_saw_none(place):
+    write_shop(place / "blind")
+    run("train.py", "--model", "fmmsrec", "--data", "blind", "--heads", 2, *FLAGS["fmmsrec"],
+        cwd=place)
+    more = new_items(place, {"item": "p1", "title": "red", "images": ["shop/1.png", "gone.png"]})
+    done = run("recommend.py", "runs/fmmsrec-blind-0", "--history", "i1", "--items", more,
+               cwd=place)
+    assert "the images of more.jsonl are not used" in done.stderr
+    assert "1 of 2 picture paths of the items are not on disk" in done.stderr
+
+
+@pytest.mark.parametrize("model, noted", [
+    ("mmsr", True), ("msm4sr", True), ("fmmsrec", True), ("sasrec", False),
+])
+def test_items_without_text_and_picture_are_named(place, model, noted, monkeypatch):
+    run_of, _ = opened(place, model, monkeypatch)
+    run_of.dataset.set_has("text", np.zeros(31, bool))
+    run_of.dataset.set_has("image", np.arange(31) == 1)
+    note = recommend.note_of_unknown(run_of, [1, 5])
+    assert ("1 of 2 items have neither text nor picture: i" in note) == noted
+
+
+def test_a_history_of_everything(place):
+    keys = ",".join(f"i{i}" for i in range(30))
+    done = run("recommend.py", "runs/pop-shop-0", "--history", keys, cwd=place)
+    assert "nothing is left to recommend" in done.stdout
+
+
+def test_damaged_keys_of_users_are_named(tmp_path):
+    write_shop(tmp_path / "shop")
+    run("train.py", "--model", "pop", "--data", "shop", cwd=tmp_path)
+    users = tmp_path / "data" / "shop" / "users.txt"
+    for damage in (b"u0\nu1\n", b"\xff\xfe"):
+        users.write_bytes(damage)
+        done = run("recommend.py", "runs/pop-shop-0", "--user", "u1", cwd=tmp_path, ok=False)
+        refused(done, "users.txt", "prepare the data again")

@@ -208,7 +208,7 @@ def test_a_project_that_was_moved_is_found_again(shop, tmp_path):
     (new / "runs").rename(elsewhere)
     new = new.rename(tmp_path / "newer")
     args = ("evaluate.py", elsewhere / "mdsrec-shop-0", "--device", "cpu")
-    refused(run(*args, cwd="/", ok=False), "say where it is, as evaluate.py")
+    refused(run(*args, cwd="/", ok=False), "say where it is, with --data")
     done = run(*args, "--data", new / "data/shop", cwd=tmp_path)
     assert f"{before['test']['recall@10']:.4f}" in done.stdout
 
