@@ -43,7 +43,7 @@ def keep(name, folders):
     """Copy config.json and metrics.json of runs, without what belongs to one machine."""
     if Path(name).name != name:
         raise UserError(f"--keep {name} must be a plain name")
-    for folder in (folder.resolve() for folder in folders):
+    for folder in map(Path.absolute, folders):
         run = comparison.finished(folder)
         settings = run.settings | {"data": Path(run.settings["data"]).name}
         for modality in ("text", "image"):
