@@ -100,17 +100,11 @@ def ranks_of(model, rows, device, budget=None):
     """
     plain = torch.empty(len(rows), dtype=torch.long, device=device)
     masked = torch.empty_like(plain)
-    order = np.argsort(rows.lengths, kind="stable")
-    on_device = torch.as_tensor(order, device=device)
     with ranking(model):
         table = model.encode_items()
         size = chunk_size(table, device, budget)
-        starts = range(0, len(rows), size)
-        for first in Bar("ranking", len(starts), " parts").over(starts):
-            part = slice(first, first + size)
-            chunk, index = order[part], on_device[part]
-            batch = rows.batch(index, int(rows.lengths[chunk].max()))
-            inputs = {"user": batch["user"], "seq": batch["seq"]}    # the target is not shown
+        bar = Bar("ranking", -(-len(rows) // size), " parts")
+        for chunk, index, inputs in bar.over(in_chunks(rows, size, device)):
             target = rows.flat[rows.end[index]]
             beats = items_that_beat(model.score(inputs, table).float(), target)
             plain[index] = beats.sum(1)
@@ -119,15 +113,31 @@ def ranks_of(model, rows, device, budget=None):
     return plain.cpu().numpy(), masked.cpu().numpy()
 
 
+def in_chunks(rows, size, device):
+    """All rows, sorted by length, `size` at a time: their numbers on the host and on the device,
+    and what a model is shown of them."""
+    order = np.argsort(rows.lengths, kind="stable")
+    on_device = torch.as_tensor(order, device=device)
+    for first in range(0, len(rows), size):
+        part = slice(first, first + size)
+        chunk, index = order[part], on_device[part]
+        batch = rows.batch(index, int(rows.lengths[chunk].max()))
+        yield chunk, index, {"user": batch["user"], "seq": batch["seq"]}    # without the target
+
+
 def chunk_size(table, device, budget=None) -> int:
     """How many users are scored at once."""
-    if isinstance(table, dict):
-        table = tuple(table.values())
-    leaf = table[0] if isinstance(table, tuple) else table
     if budget is None:
         budget = 2 ** 22 if torch.device(device).type == "cpu" else 2 ** 26
     # in a small catalog too, rows of different lengths are kept apart
-    return min(max(budget // len(leaf), 1), 2048)
+    return min(max(budget // rows_in(table), 1), 2048)
+
+
+def rows_in(table) -> int:
+    """N + 1: the rows of what encode_items returns."""
+    if isinstance(table, dict):
+        table = tuple(table.values())
+    return len(table[0] if isinstance(table, tuple) else table)
 
 
 def evaluate(model, dataset, cfg, split, device, most=None) -> dict:
@@ -347,8 +357,9 @@ def page_of_two(folder, other, args):
     tops = []
     for path in (folder, other):
         opened = open_run(path, args.device, args.data)
+        of_run = opened.model(), opened.dataset, opened.cfg, opened.device
         tops.append({
-            heading: examples_of(opened, drawn) for heading, drawn in chosen.items()
+            heading: examples(*of_run, drawn=drawn) for heading, drawn in chosen.items()
         })
     users = {
         heading: [
@@ -364,11 +375,6 @@ def page_of_two(folder, other, args):
     print(f"NDCG@10 of {names[0]} minus {names[1]}: {difference['difference']:+.4f}, 95 % interval "
           f"{difference['low']:+.4f} to {difference['high']:+.4f}, p {difference['p']:.4f}; the "
           f"page is {path}")
-
-
-def examples_of(run, drawn) -> list:
-    """`examples` of test users by their numbers."""
-    return examples(run.model(), run.dataset, run.cfg, run.device, drawn=drawn)
 
 
 def arguments():

@@ -21,13 +21,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from common.features import KEYS
 from common.files import UserError, atomic, command, save_tensors, set_aside, write_json
 from common.progress import Bar
 from data import Rows
-from evaluate import chunk_size, ranking
+from evaluate import chunk_size, in_chunks, ranking, rows_in
 from loop.new_items import model_of_more
 from loop.report import write_recommendations
-from loop.runs import open_run
+from loop.runs import RAW, open_run
 
 BLOCK = 65536    # users whose lists are held before they are written
 
@@ -50,14 +51,15 @@ def best_items(ranker, rows, k):
     rows: `Rows` whose inputs are whole histories. Where there are fewer than k items to choose
     from, ids are 0 and scores -inf at the end. Raises UserError for scores that are not finite.
     """
-    k = min(k, items_in(ranker.table) - 1)
+    k = min(k, rows_in(ranker.table) - 1)
     ids = np.zeros((len(rows), k), np.int64)
     scores = np.zeros((len(rows), k), np.float32)
-    order = np.argsort(rows.lengths, kind="stable")
     size = chunk_size(ranker.table, ranker.device)
-    for first in range(0, len(rows), size):
-        chunk = order[first:first + size]
-        values, best = best_of_chunk(ranker, rows, chunk, k)
+    for chunk, index, inputs in in_chunks(rows, size, ranker.device):
+        seen = None
+        if not ranker.keep_history:
+            seen = rows.seen(index, int(rows.history[chunk].max()))
+        values, best = best_of_chunk(ranker, inputs, seen, k)
         ids[chunk] = best.cpu().numpy()
         scores[chunk] = values.cpu().numpy()
     ids[np.isneginf(scores)] = 0
@@ -65,30 +67,20 @@ def best_items(ranker, rows, k):
 
 
 @torch.no_grad()
-def best_of_chunk(ranker, rows, chunk, k):
-    """Scores and ids (B, k) of some rows that are scored at once."""
-    index = torch.as_tensor(chunk, device=ranker.device)
-    batch = rows.batch(index, max(int(rows.lengths[chunk].max()), 1))
-    inputs = {"user": batch["user"], "seq": batch["seq"]}
+def best_of_chunk(ranker, inputs, seen, k):
+    """Scores and ids (B, k) of rows that are scored at once. seen: (B, M) ids to leave out."""
     scores = ranker.model.score(inputs, ranker.table).float()
     if scores.stride(0) == 0:    # one row for all users
         scores = scores.clone()
     scores[:, 0] = -torch.inf    # padding is no item
-    if not ranker.keep_history:
-        scores.scatter_(1, rows.seen(index, max(int(rows.history[chunk].max()), 1)), -torch.inf)
+    if seen is not None:
+        scores.scatter_(1, seen, -torch.inf)
     best = scores.topk(k)
     if best.values.isnan().any() or best.values.isposinf().any():    # they are the largest
         raise UserError(
             "the model's scores are not finite: look at the features, or train with a lower --lr"
         )
     return best
-
-
-def items_in(table) -> int:
-    """N + 1: the rows of what encode_items returns."""
-    if isinstance(table, dict):
-        table = tuple(table.values())
-    return len(table[0] if isinstance(table, tuple) else table)
 
 
 # ---------------- whose histories
@@ -185,7 +177,7 @@ def as_text(dataset, name, history, ids, scores) -> str:
     return "\n".join(lines)
 
 
-CONTENT = {"text", "image", "sentences", "pictures", "titles", "image_paths"}
+CONTENT = {*sum(KEYS.values(), ()), *RAW.values()}    # catalog keys of texts and pictures
 
 
 def note_of_unknown(run, history) -> str:
@@ -243,14 +235,9 @@ def export(folder, run, ranker):
         )
     dataset = run.dataset
     rows = rows_of_users(dataset, np.arange(dataset.n_users), ranker.max_len, ranker.device)
-    order = np.argsort(rows.lengths, kind="stable")
     of_users = None
-    size = 2048
-    for first in Bar("users", -(-len(rows) // size), " parts").over(range(0, len(rows), size)):
-        chunk = order[first:first + size]
-        index = torch.as_tensor(chunk, device=ranker.device)
-        batch = rows.batch(index, int(rows.lengths[chunk].max()))
-        inputs = {"user": batch["user"], "seq": batch["seq"]}
+    bar = Bar("users", -(-len(rows) // 2048), " parts")
+    for chunk, _, inputs in bar.over(in_chunks(rows, 2048, ranker.device)):
         vectors, of_items = ranker.model.as_product(inputs, ranker.table)
         if of_users is None:
             of_users = torch.empty(len(rows), vectors.shape[1])

@@ -46,29 +46,25 @@ SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 
 # ---------------- the command
 
 def main():
-    commands = settings.one_per_model(sys.argv[1:])
-    if len(commands) == 1:
-        train_model(commands[0])
-        return
-    for argv in commands:    # all are read before one is trained
-        settings.check_flags(settings.parse(argv)[0])
+    commands = [settings.parse(argv) for argv in settings.one_per_model(sys.argv[1:])]
+    for args, _ in commands:    # all are read before one is trained
+        settings.check_flags(args)
+    several = len(commands) > 1
     folders = []
-    for argv in commands:
-        of_model, table = train_model(argv, reuse=True)
+    for args, module in commands:
+        of_model, table = train_model(args, module, reuse=several)
         folders += of_model
-    if table:
+    if several and table:
         print()
         evaluate.table_of_runs(folders, table)
 
 
-def train_model(argv, reuse=False) -> tuple:
+def train_model(args, module, reuse) -> tuple:
     """Train all seeds of one model -> the folders of its runs, and where a table of several models
     goes, None where nothing is tested.
 
     reuse: take a run with the same settings as it is, or go on with it.
     """
-    args, module = settings.parse(argv)
-    settings.check_flags(args)
     settings.say_what_is_not_used(args, module)
     seeds = settings.seeds_of(args)
     device = pick_device(args.device)

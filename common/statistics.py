@@ -84,8 +84,13 @@ def paired(a, b, k=10, draws=10_000, seed=0) -> dict:
             f"compared"
         )
     difference = gain(a, k) - gain(b, k)
-    low, high = interval(difference, draws, seed)
-    return {"difference": float(difference.mean()), "low": low, "high": high}
+    return with_interval(difference, draws, seed)
+
+
+def with_interval(differences, draws=10_000, seed=0) -> dict:
+    """The mean of users' differences (U,) and its `interval`: {"difference", "low", "high"}"""
+    low, high = interval(differences, draws, seed)
+    return {"difference": float(np.mean(differences)), "low": low, "high": high}
 
 
 def mean_and_spread(values):

@@ -24,6 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from check import pages_of
+
 from common.files import UserError, command, read_json
 from loop import comparison
 
@@ -45,19 +47,21 @@ def keep(name, folders):
         raise UserError(f"--keep {name} must be a plain name")
     for folder in map(Path.absolute, folders):
         run = comparison.finished(folder)
-        settings = run.settings | {"data": Path(run.settings["data"]).name}
-        for modality in ("text", "image"):
-            settings["encoders"] = {
-                key: Path(str(encoder)).name if str(encoder).startswith("/") else encoder
-                for key, encoder in settings.get("encoders", {}).items()
-            }
-            if str(settings.get(modality)).startswith("/"):
-                settings[modality] = Path(settings[modality]).name
+        settings = without_folders(run.settings)
+        settings["encoders"] = without_folders(settings.get("encoders", {}))
         beside = "" if folder.parent.name == "runs" else f"{folder.parent.name}-"
         target = KEPT / name / f"{beside}{folder.name}"
         target.mkdir(parents=True, exist_ok=True)
         (target / "config.json").write_text(as_json(settings), encoding="utf-8")
         (target / "metrics.json").write_text(as_json(run.metrics), encoding="utf-8")
+
+
+def without_folders(settings) -> dict:
+    """Absolute paths of one machine become the names of their files."""
+    return {
+        key: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        for key, value in settings.items()
+    }
 
 
 def as_json(value) -> str:
@@ -78,16 +82,13 @@ def rows_of(name) -> dict:
         raise UserError(f"docs/runs/{name} has no runs: keep some with --keep {name} RUN ...")
     folders.sort(key=lambda folder: (not is_plain(folder), folder.name))
     rows = comparison.rows_of(folders)
-    return dict(sorted(rows.items(), key=lambda row: -numbers(row[1])["masked N@10"][0]))
+    best = {row: comparison.summary(runs)["masked N@10"][0] for row, runs in rows.items()}
+    return {row: rows[row] for row in sorted(rows, key=lambda row: -best[row])}
 
 
 def is_plain(folder) -> bool:
     """Whether a run was kept from runs/, the others being named by what sets them apart from it."""
     return folder.name.startswith(f"{read_json(folder / 'config.json')['model']}-")
-
-
-def numbers(runs) -> dict:
-    return comparison.summary(runs)
 
 
 # ---------------- tables
@@ -97,7 +98,7 @@ def table(name, columns) -> str:
     strange = [column for column in columns if column not in known]
     if strange:
         raise UserError(f"{strange[0]} is no column of a table: give some of {', '.join(known)}")
-    rows = {row: numbers(runs) for row, runs in rows_of(name).items()}
+    rows = {row: comparison.summary(runs) for row, runs in rows_of(name).items()}
     lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     best = {column: max((row[column][0] for row in rows.values() if column in row), default=0)
             for column in columns if column not in OTHER}
@@ -187,7 +188,7 @@ def plots_in(page) -> dict:
 def everything() -> dict:
     """{path: its text as it should be} of all pages with tables, and of all plots."""
     texts = {}
-    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]):
+    for path in pages_of(ROOT):
         page = path.read_text(encoding="utf-8")
         if TABLE.search(page):
             texts[path] = written(page)
@@ -206,14 +207,13 @@ def main():
     if args.keep:
         keep(args.keep, args.runs)
         return 0
-    outdated = [
-        path for path, text in everything().items()
+    outdated = {
+        path: text for path, text in everything().items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
-    for path in outdated:
+    }
+    for path, text in outdated.items():
         print(f"{path.relative_to(ROOT)} {'is outdated' if args.check else 'is written anew'}")
-    if not args.check:
-        for path, text in everything().items():
+        if not args.check:
             path.write_text(text, encoding="utf-8")
     return 1 if args.check and outdated else 0
 

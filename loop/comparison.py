@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import UserError, atomic, read_json, set_aside
-from common.statistics import gain, holm, interval, mean_and_spread, p_value
+from common.statistics import gain, holm, mean_and_spread, p_value, with_interval
 
 COLUMNS = (    # heading, part of metrics.json, metric
     ("R@10", "test", "recall@10"),
@@ -66,10 +66,6 @@ def finished(folder) -> Finished:
     if [name for name in ("test", "test_masked", "groups") if not found.metrics.get(name)]:
         raise UserError(f"{folder} has a metrics.json of no run: train it again, or leave it out")
     return found
-
-
-def is_run(folder) -> bool:
-    return (Path(folder) / "config.json").is_file()
 
 
 # ---------------- rows: runs that differ in nothing but the seed
@@ -157,13 +153,7 @@ def difference(runs, others) -> dict:
             f"they cannot be compared"
         )
     differences = mine - theirs
-    low, high = interval(differences)
-    return {
-        "difference": float(differences.mean()),
-        "low": low,
-        "high": high,
-        "p": p_value(differences),
-    }
+    return with_interval(differences) | {"p": p_value(differences)}
 
 
 def gains_of(runs):

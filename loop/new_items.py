@@ -108,8 +108,8 @@ def new_dataset(run, path):
         raise UserError(f"--items {path} is no file: give items.jsonl or items.csv")
     items.read(path)
     catalog = items.catalog
-    named = [{"images": item["images"]} for item in catalog.values()]
-    for note in [*items.notes(), *notes_of_pictures(named, path.resolve().parent, True)]:
+    root = path.resolve().parent
+    for note in [*items.notes(), *notes_of_pictures(catalog.values(), root, True)]:
         print(f"note: {note}", flush=True)
     known = {item["key"] for item in run.dataset.items}
     twice = [key for key in catalog if key in known]
@@ -121,7 +121,6 @@ def new_dataset(run, path):
     if not catalog:
         raise UserError(f"{path} describes no item: each line needs a key under item")
     refuse_given_vectors(run)
-    root = path.resolve().parent
     for item in catalog.values():    # as paths that are right from anywhere
         item["images"] = [x if "://" in x else str(root / x) for x in item["images"]]
     keys = list(catalog)
