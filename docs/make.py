@@ -4,11 +4,14 @@
     python docs/make.py                              write all tables and plots anew
     python docs/make.py --check                      say which are not as they would be written
 
-docs/runs/<set>/<run>/ has the config.json and metrics.json of a run, so that every number can be
-traced to the settings that made it. In a page a table stands between two lines, the first of which
-names the set and the columns; a plot is named by such a line too:
+docs/runs/<set>/<run>/ has the config.json and metrics.json of a run, and the parts.json that
+tests/life.py wrote, so that every number can be traced to the settings that made it. In a page a
+table stands between two lines, the first of which names the set and the columns, or the runs whose
+parts it shows; a plot is named by such a line too:
 
     <!-- runs demo: R@10, N@10, masked N@10, cold N@10, seconds -->
+    <!-- end -->
+    <!-- parts demo/srmml-demo-0, scientific/srmml-scientific-mm-0 -->
     <!-- end -->
     <!-- plot demo: docs/demo.svg; oracle=.3316 -->
 
@@ -31,9 +34,9 @@ from loop import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "runs"
-TABLE = re.compile(
-    r"(<!-- runs ([^:\n]+): ([^\n]+) -->\n)((?:(?!<!-- runs ).)*?)(<!-- end -->)", re.DOTALL
-)
+INSIDE = r"((?:(?!<!-- (?:runs|parts) ).)*?)(<!-- end -->)"
+TABLE = re.compile(r"(<!-- runs ([^:\n]+): ([^\n]+) -->\n)" + INSIDE, re.DOTALL)
+PARTS = re.compile(r"(<!-- parts ([^\n]+) -->\n)" + INSIDE, re.DOTALL)
 PLOT = re.compile(r"<!-- plot ([^:\n]+): (\S+?)(?:; ([^\n]+))? -->")
 OTHER = {"epoch": "best_epoch", "seconds": "seconds", "weights": "parameters"}
 WIDTH, ROW, LEFT, RIGHT = 760, 30, 110, 110    # pixels
@@ -42,7 +45,7 @@ WIDTH, ROW, LEFT, RIGHT = 760, 30, 110, 110    # pixels
 # ---------------- what is kept
 
 def keep(name, folders):
-    """Copy config.json and metrics.json of runs, without what belongs to one machine."""
+    """Copy the numbers of runs and what made them, without what belongs to one machine."""
     if Path(name).name != name:
         raise UserError(f"--keep {name} must be a plain name")
     for folder in map(Path.absolute, folders):
@@ -54,6 +57,9 @@ def keep(name, folders):
         target.mkdir(parents=True, exist_ok=True)
         (target / "config.json").write_text(as_json(settings), encoding="utf-8")
         (target / "metrics.json").write_text(as_json(run.metrics), encoding="utf-8")
+        if (folder / "parts.json").is_file():
+            parts = as_json(read_json(folder / "parts.json"))
+            (target / "parts.json").write_text(parts, encoding="utf-8")
 
 
 def without_folders(settings) -> dict:
@@ -118,12 +124,51 @@ def cell(row, column, best) -> str:
     return f"**{text}**" if row[column][0] == best > 0 else text
 
 
+def parts_table(names) -> str:
+    """What the parts of trained models do, a column for each of the runs <set>/<run>."""
+    runs = [KEPT / name for name in names]
+    missing = [name for name, run in zip(names, runs) if not (run / "parts.json").is_file()]
+    if missing:
+        raise UserError(
+            f"docs/runs/{missing[0]} has no parts.json: run tests/life.py, then --keep the run"
+        )
+    columns = [read_json(run / "parts.json") for run in runs]
+    heads = [read_json(run / "config.json")["data"] for run in runs]
+    model = read_json(runs[0] / "config.json")["model"]
+    lines = [f"| {model} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(runs)]
+    for part in dict.fromkeys(part for column in columns for part in column):
+        cells = [shown_part(part, column.get(part)) for column in columns]
+        lines.append("| " + " | ".join([part, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def shown_part(part, look) -> str:
+    """.2079 of the model as trained, else the change and how much the scores moved:
+    -.0024 (.011)"""
+    if look is None:
+        return ""
+    if part == "as trained":
+        return comparison.shown(look["masked N@10"])
+    sign = "−" if look["change"] < 0 else "+"
+    change, moved = f"{abs(look['change']):.4f}", f"{abs(look['moved']):.3f}"
+    return f"{sign}{change.removeprefix('0')} ({moved.removeprefix('0')})"
+
+
 def written(page) -> str:
     """A page with its tables as they are made of what is kept."""
     def fill(match):
         head, name, columns, _, end = match.groups()
-        return head + table(name, [column.strip() for column in columns.split(",")]) + end
-    return TABLE.sub(fill, page)
+        return head + table(name, names_in(columns)) + end
+
+    def fill_parts(match):
+        head, names, _, end = match.groups()
+        return head + parts_table(names_in(names)) + end
+
+    return PARTS.sub(fill_parts, TABLE.sub(fill, page))
+
+
+def names_in(text) -> list:
+    return [name.strip() for name in text.split(",")]
 
 
 # ---------------- plots
@@ -190,7 +235,7 @@ def everything() -> dict:
     texts = {}
     for path in pages_of(ROOT):
         page = path.read_text(encoding="utf-8")
-        if TABLE.search(page):
+        if TABLE.search(page) or PARTS.search(page):
             texts[path] = written(page)
         texts |= plots_in(page)
     return texts

@@ -1,6 +1,8 @@
 """What each part of a trained model does: change it alone, rank again, and look.
 
-    python tests/life.py runs/mdsrec-demo-0 runs/srmml-demo-0      a Markdown table of each run
+    python tests/life.py runs/mdsrec-demo-0 runs/srmml-demo-0
+
+prints a Markdown table of each run and writes it into the run's folder, as parts.json.
 
 A part whose change moves no number is computed for nothing, whatever its equation says. For each
 part of a model (PARTS) and of its input (INPUTS) the table has validation NDCG@10, without the
@@ -16,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.files import command
+from common.files import command, write_json
 from evaluate import metrics, ranking, ranks_of
 from loop import runs
 
@@ -312,6 +314,9 @@ PARTS = {
 
 # ---------------- the table
 
+AS_TRAINED = "as trained"
+
+
 @torch.no_grad()
 def scores_of(model, batch):
     with ranking(model):
@@ -334,8 +339,9 @@ def changed(model, change):
     return other
 
 
-def table(folder, device):
-    """The lines of one run's table."""
+def looked_at(folder, device):
+    """Yields a part, NDCG@10 without it, the change, and how much the scores moved; first the
+    model as it was trained."""
     run = runs.open_run(folder, device)
     model, dataset, cfg, device = run.model(), run.dataset, run.cfg, run.device
     if hasattr(model, "prepare"):
@@ -347,12 +353,11 @@ def table(folder, device):
     before = scores_of(model, batch)
     name = Path(sys.modules[type(model).__module__].__file__).stem
     ndcg = metrics(ranks_of(model, rows, device)[1])["ndcg@10"]
-    yield f"| {folder.name}, as trained | {ndcg:.4f} | | |"
+    yield AS_TRAINED, ndcg, 0.0, 0.0
     for part, change in {**INPUTS, **PARTS.get(name, {})}.items():
         other = changed(model, change)
         after = metrics(ranks_of(other, rows, device)[1])["ndcg@10"]
-        distance = moved(before, scores_of(other, batch))
-        yield f"| {part} | {after:.4f} | {after - ndcg:+.4f} | {distance:.4f} |"
+        yield part, after, after - ndcg, moved(before, scores_of(other, batch))
 
 
 def main():
@@ -361,9 +366,12 @@ def main():
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     args = parser.parse_args()
     for folder in args.runs:
-        print("\n| | masked N@10 | change | scores moved |\n|---|---|---|---|")
-        for line in table(folder, args.device):
-            print(line, flush=True)
+        print(f"\n| {folder.name} | masked N@10 | change | scores moved |\n|---|---|---|---|")
+        found = {}
+        for part, ndcg, change, distance in looked_at(folder, args.device):
+            print(f"| {part} | {ndcg:.4f} | {change:+.4f} | {distance:.4f} |", flush=True)
+            found[part] = {"masked N@10": ndcg, "change": change, "moved": distance}
+        write_json(folder / "parts.json", found)
 
 
 if __name__ == "__main__":

@@ -236,3 +236,31 @@ def test_a_table_is_made_of_runs_that_are_kept(tmp_path, monkeypatch):
     assert sum("**" in row for row in rows.values()) >= 1
     with pytest.raises(UserError, match="--keep nothing"):
         make.table("nothing", ["N@10"])
+
+
+def test_a_table_of_parts_is_made_of_what_life_found(tmp_path, monkeypatch):
+    write_shop(tmp_path / "shop")
+    run("train.py", "--model", "sasrec", "--data", "shop", "--epochs", 1, cwd=tmp_path)
+    run("tests/life.py", "runs/sasrec-shop-0", cwd=tmp_path)
+    monkeypatch.setattr(make, "KEPT", tmp_path / "kept")
+    make.keep("shop", [tmp_path / "runs/sasrec-shop-0"])
+    found = read_json(tmp_path / "kept/shop/sasrec-shop-0/parts.json")
+    page = "<!-- parts shop/sasrec-shop-0 -->\nold\n<!-- end -->\n"
+    lines = make.written(page).splitlines()
+    assert lines[1:3] == ["| sasrec | shop |", "|---|---|"]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[3:-1]] == list(found)
+    trained = f"{found['as trained']['masked N@10']:.4f}".removeprefix("0")
+    assert lines[3] == f"| as trained | {trained} |"
+    (tmp_path / "kept/shop/sasrec-shop-0/parts.json").unlink()
+    with pytest.raises(UserError, match="shop/sasrec-shop-0 has no parts.json"):
+        make.written(page)
+
+
+@pytest.mark.parametrize("look, text", [
+    ({"masked N@10": .2, "change": -.0024, "moved": .0111}, "−.0024 (.011)"),
+    ({"masked N@10": .2, "change": 0., "moved": 0.}, "+.0000 (.000)"),
+    ({"masked N@10": .2, "change": -.2, "moved": 1.25}, "−.2000 (1.250)"),
+    (None, ""),
+])
+def test_how_a_part_is_shown(look, text):
+    assert make.shown_part("positions: none", look) == text
