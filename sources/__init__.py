@@ -35,6 +35,7 @@ from common.features import write_features
 from common.files import (
     UserError,
     alone_in,
+    arrays_sha256,
     atomic,
     keys_sha256,
     read_json,
@@ -42,7 +43,7 @@ from common.files import (
     sha256,
     write_json,
 )
-from common.tables import Raw
+from common.tables import Raw, first_of_each
 
 from .notes import PICTURES, notes_of_files
 
@@ -277,23 +278,35 @@ def carry_out(order, mirror, reason):
 # ---------------- build: filter, number, write
 
 class Columns:
-    """The interactions as parallel arrays of codes, and what each filter has left of them."""
+    """The interactions as parallel arrays, one user after the other, each user's by (time, line in
+    the file); and what each filter has left of them."""
 
     def __init__(self, raw, user_keys, item_keys):
-        self.users = codes(raw.users, user_keys)
-        self.items = codes(raw.items, item_keys)
-        self.times = np.asarray(raw.times)    # fractions of a second still order events
+        users = raw.users.places_in(user_keys)
+        times = np.asarray(raw.times)    # fractions of a second still order events
+        order = np.lexsort((times, users))    # equal times stay in the order of the lines
+        self.users = users[order]
+        self.times = times[order]
+        self.items = raw.items.places_in(item_keys)[order]
         self.variants = self.items
         if raw.variants:
-            self.variants = codes(raw.variants, sorted(set(raw.variants)))
-        self.parts = np.zeros(len(self.users), np.int8)
-        if raw.parts:
-            self.parts = np.asarray(raw.parts, np.int8)
+            self.variants = np.asarray(raw.variants.numbers)[order]
+        self.parts = np.zeros(len(order), np.int8)
+        if raw.parts is not None:
+            self.parts = np.asarray(raw.parts, np.int8)[order]
         self.steps = []
         self.count("read")
 
+    def first_of_each(self):
+        """(n,) bool: which are the first of their user, time and variant."""
+        moments = np.zeros(len(self.users), np.int64)    # 0, 0, 1, ...: one user at one time
+        others = (self.users[1:] != self.users[:-1]) | (self.times[1:] != self.times[:-1])
+        np.cumsum(others, out=moments[1:])
+        # one nearly sorted column is sorted in a seventh of the time of three
+        return first_of_each(moments * (self.variants.max(initial=0) + 1) + self.variants)
+
     def keep(self, step, which):
-        """Keep some of the interactions (mask or positions); count them under the step's name."""
+        """Keep some of the interactions (a mask); count them under the step's name."""
         self.users = self.users[which]
         self.items = self.items[which]
         self.times = self.times[which]
@@ -304,8 +317,8 @@ class Columns:
     def count(self, step):
         self.steps.append({
             "step": step,
-            "users": len(np.unique(self.users)),
-            "items": len(np.unique(self.items)),
+            "users": len(occurring(self.users)),
+            "items": len(occurring(self.items)),
             "interactions": len(self.users),
         })
 
@@ -317,22 +330,22 @@ def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
     result depends on nothing but the data. A user's items are ordered by (time, line in the file).
     Raises UserError when nothing is left.
     """
-    if not raw.users:
+    if not len(raw.users):
         raise UserError(
             f"no interactions were found for {about['name']}: check the raw files in its folder"
         )
-    user_keys = raw.user_order or sorted(set(raw.users))
-    item_keys = raw.item_order or sorted(set(raw.items) | set(raw.catalog))
+    user_keys = raw.user_order or sorted(raw.users.names)
+    item_keys = raw.item_order or sorted({*raw.items.names, *raw.catalog})
     columns = Columns(raw, user_keys, item_keys)
     apply_filters(raw, columns, item_keys, about["name"])
 
     # an untouched folder keeps its whole catalog; after a filter only the items that still occur
     filtered = raw.core > 1 or raw.need_catalog
-    kept_items = np.unique(columns.items) if filtered else np.arange(len(item_keys))
-    kept_users = np.unique(columns.users)
+    kept_items = occurring(columns.items) if filtered else np.arange(len(item_keys))
+    kept_users = occurring(columns.users)
     keys = [item_keys[i] for i in kept_items]
-    sequences = sequences_of(columns, kept_users, kept_items)
-    if not raw.parts:
+    sequences = sequences_of(columns, kept_items)
+    if raw.parts is None:
         del sequences["parts"]
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +379,7 @@ def about_data(raw, keys, sequences) -> dict:
         "core": raw.core,
         "described": described_first(keys, raw.catalog),
         "items_sha256": keys_sha256(keys),
-        "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]),
+        "sequences_sha256": arrays_sha256(sequences.values()),
         "report": raw.report,
         "notes": raw.notes,
         "features": {modality: encoder for modality, (encoder, _) in raw.features.items()},
@@ -380,8 +393,7 @@ def apply_filters(raw, columns, item_keys, name):
         described = np.array([key in raw.catalog for key in item_keys])
         columns.keep("items without metadata dropped", described[columns.items])
     if raw.clock != "order":
-        first = first_of_each(columns.users, columns.variants, columns.times)
-        columns.keep("exact duplicates dropped", first)
+        columns.keep("exact duplicates dropped", columns.first_of_each())
     if raw.core > 1:
         columns.keep(f"{raw.core}-core", k_core(columns.users, columns.items, raw.core))
     if not len(columns.users):
@@ -392,17 +404,17 @@ def apply_filters(raw, columns, item_keys, name):
         )
 
 
-def sequences_of(columns, kept_users, kept_items) -> dict:
+def sequences_of(columns, kept_items) -> dict:
     """{"items": ids 1..N, one user after the other, "times", "parts": 0 train, 1 valid, 2 test,
     "offsets": where each user begins}"""
-    users = np.searchsorted(kept_users, columns.users)
-    items = np.searchsorted(kept_items, columns.items)
-    order = np.lexsort((np.arange(len(users)), columns.times, users))
+    ids = np.zeros(kept_items.max() + 1, np.int32)
+    ids[kept_items] = np.arange(1, len(kept_items) + 1)
+    lengths = np.bincount(columns.users)
     return {
-        "items": (items[order] + 1).astype(np.int32),
-        "times": np.floor(columns.times[order]).astype(np.int64),
-        "parts": columns.parts[order],
-        "offsets": np.searchsorted(users[order], np.arange(len(kept_users) + 1)),
+        "items": ids[columns.items],
+        "times": np.floor(columns.times).astype(np.int64),
+        "parts": columns.parts,
+        "offsets": np.concatenate([[0], np.cumsum(lengths[lengths > 0])]),
     }
 
 
@@ -455,18 +467,9 @@ def move_features(old, new):
             path.rename(new / path.name)
 
 
-def codes(values, keys):
-    """The place of each value among the keys: (n,) int64."""
-    place = {key: i for i, key in enumerate(keys)}
-    return np.fromiter((place[value] for value in values), np.int64, len(values))
-
-
-def first_of_each(*columns):
-    """Positions, ascending, of the first row of each distinct combination."""
-    order = np.lexsort((np.arange(len(columns[0])), *columns))
-    new = np.ones(len(order), bool)
-    new[1:] = np.any([c[order][1:] != c[order][:-1] for c in columns], axis=0)
-    return np.sort(order[new])
+def occurring(numbers):
+    """The distinct ones of some small numbers, ascending."""
+    return np.flatnonzero(np.bincount(numbers))
 
 
 def k_core(users, items, k):

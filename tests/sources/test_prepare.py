@@ -14,13 +14,15 @@ from safetensors.numpy import load_file
 import sources
 from common.features import write_features
 from common.files import UserError, alone_in, read_json, sha256
-from common.tables import Raw
+from common.tables import Keys, Raw
 from helpers import ROOT, write_shop
 from sources import k_core, prepare
 
 USED = "is up to date, and is used as it was prepared"
 MINE = '''"""Ratings in a table with columns of other names, as somebody may have them."""
-from common.tables import Raw, each_row
+import numpy as np
+
+from common.tables import Keys, Raw, each_row
 
 NAMES = ("mine",)
 
@@ -37,15 +39,15 @@ def fetch(name, raw, mirror):
 
 
 def read(folder, name):
-    users, items, times = [], [], []
+    users, items, times = Keys(), Keys(), []
 
     def take(user, item, time):
-        users.append(user)
-        items.append(item)
+        users.add(user)
+        items.add(item)
         times.append(int(time))
 
     counts = each_row(folder / "ratings.csv", ("who", "what", "when"), take)
-    return Raw(users, items, times, {}, report={"ratings.csv": counts})
+    return Raw(users, items, np.array(times), {}, report={"ratings.csv": counts})
 '''
 
 
@@ -74,8 +76,8 @@ def write(folder, *lines):
 
 def raw_of(*events, **options):
     """A Raw of (user, item, time) triples."""
-    users, items, times = map(list, zip(*events))
-    return Raw(users, items, times, **{"catalog": {}, **options})
+    users, items, times = zip(*events)
+    return Raw(Keys(users), Keys(items), np.array(times), **{"catalog": {}, **options})
 
 
 def keys_in(folder):
@@ -170,8 +172,8 @@ def test_a_history_is_ordered_by_time_then_by_line(tmp_path, histories):
 
 @pytest.mark.parametrize("options, left", [
     ({}, 2),                                       # the second of three rows, for all it has
-    ({"variants": ["red", "red", "blue"]}, 2),
-    ({"variants": ["red", "green", "blue"]}, 3),
+    ({"variants": Keys(["red", "red", "blue"])}, 2),
+    ({"variants": Keys(["red", "green", "blue"])}, 3),
     ({"clock": "day"}, 2),
     ({"clock": "order"}, 3),                       # equal numbers say nothing there
 ], ids=["plain", "same variant", "other variant", "day", "order"])
