@@ -15,8 +15,9 @@ and, only where they apply,
     pictures_in(folder) -> int           how many pictures lie there that read finds by looking: if
                                          there are more than before, the folder is read again
 
-`Raw` and what helps to read tables are in common/tables.py, readers of tables with usual names in
-common/interactions.py and common/items.py; recbole.py is a short example. `Raw.report` has an entry
+`Raw`, its columns (`Keys`: a line takes four bytes, however long its key) and what helps to read
+tables are in common/tables.py, readers of tables with usual names in common/interactions.py and
+common/items.py; recbole.py is a short example. `Raw.report` has an entry
 under the name of each file that was read: other files of the folder are named as not read. A new
 file is on the command line at once.
 """
@@ -49,6 +50,7 @@ from .notes import PICTURES, notes_of_files
 
 FORMAT = 3    # of the processed folder; a folder of another format is made anew. Raise it also when
               # a reader in common/ reads otherwise: only the code of sources is watched
+PIECE = 1 << 17    # interactions, and the rest of the last user's, that are sorted at once
 SOURCES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 SOURCES = [source for source in SOURCES if hasattr(source, "recognises")]
 NAMES = [name for source in SOURCES for name in getattr(source, "NAMES", ())]
@@ -286,8 +288,9 @@ class Columns:
         times = np.asarray(raw.times)    # fractions of a second still order events
         order = np.lexsort((times, users))    # equal times stay in the order of the lines
         self.users = users[order]
-        self.times = times[order]
+        del users    # what is not needed is let go: this is where the memory is fullest
         self.items = raw.items.places_in(item_keys)[order]
+        self.times = times[order]
         self.variants = self.items
         if raw.variants:
             self.variants = np.asarray(raw.variants.numbers)[order]
@@ -299,11 +302,12 @@ class Columns:
 
     def first_of_each(self):
         """(n,) bool: which are the first of their user, time and variant."""
-        moments = np.zeros(len(self.users), np.int64)    # 0, 0, 1, ...: one user at one time
-        others = (self.users[1:] != self.users[:-1]) | (self.times[1:] != self.times[:-1])
-        np.cumsum(others, out=moments[1:])
-        # one nearly sorted column is sorted in a seventh of the time of three
-        return first_of_each(moments * (self.variants.max(initial=0) + 1) + self.variants)
+        begins = np.unique(np.searchsorted(self.users, self.users[::PIECE]))
+        first = [np.zeros(0, bool)]
+        for begin, end in zip(begins, [*begins[1:], len(self.users)]):
+            columns = (self.variants, self.times, self.users)
+            first.append(first_of_each(*(column[begin:end] for column in columns)))
+        return np.concatenate(first)
 
     def keep(self, step, which):
         """Keep some of the interactions (a mask); count them under the step's name."""
@@ -410,9 +414,11 @@ def sequences_of(columns, kept_items) -> dict:
     ids = np.zeros(kept_items.max() + 1, np.int32)
     ids[kept_items] = np.arange(1, len(kept_items) + 1)
     lengths = np.bincount(columns.users)
+    times = np.empty(len(columns.times), np.int64)
+    np.floor(columns.times, out=times, casting="unsafe")
     return {
         "items": ids[columns.items],
-        "times": np.floor(columns.times).astype(np.int64),
+        "times": times,
         "parts": columns.parts,
         "offsets": np.concatenate([[0], np.cumsum(lengths[lengths > 0])]),
     }

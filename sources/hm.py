@@ -69,7 +69,9 @@ def read(folder, name, by="article") -> Raw:
     sales = placed(folder, SALES)
     users, sold_articles, times, counts = read_sales(sales)
     report = {sales.name: counts}
-    items = sold_articles.renamed(lambda article: article[:digits])
+    items = sold_articles
+    if by == "product":
+        items = sold_articles.renamed(lambda article: article[:digits])
     sold = items.names
     images = find_images(folder, sold, digits)
     texts = {}
@@ -92,7 +94,7 @@ def read(folder, name, by="article") -> Raw:
         notes=notes,
         clock="day",
         core=5 if name else 0,
-        variants=sold_articles,
+        variants=sold_articles if by == "product" else None,
         image_root=str(folder.resolve()),
     )
 

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -294,6 +295,29 @@ def test_what_is_read_is_whole_and_clean(name, tmp_path):
     assert raw.user_order is None or set(raw.user_order) >= set(raw.users)
     assert raw.published.keys() in (set(), {"users", "items", "interactions", "source"})
     json.dumps(raw.report, allow_nan=False)
+
+
+# of unisrec and amazon_m2 each line brings a new key
+LONG = [name for name in WITH_FILES if name not in ("unisrec", "amazon_m2")]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_further_line_takes_a_few_bytes(name, tmp_path):
+    """Which is what lets tens of millions of lines fit into the memory."""
+    file, text = next(iter(EXAMPLES[name].files.items()))
+    first, *others = text.splitlines()
+    held = {}
+    for times in (20, 120):
+        folder = example_in(tmp_path / str(times), name)
+        write(folder, {file: table(first, *others * times)})
+        BY_NAME[name].read(folder, None)    # what is made once is made now
+        tracemalloc.start()
+        raw = BY_NAME[name].read(folder, None)
+        held[len(raw.users)] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    few, many = held
+    assert many - few > 9000
+    assert (held[many] - held[few]) / (many - few) < 32
 
 
 @pytest.mark.parametrize("name", WITH_FILES)

@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -103,6 +104,57 @@ def test_k_core_equals_a_slow_loop():
     assert set(np.flatnonzero(k_core(users, items, 5))) == left
     assert not k_core(users[:3], items[:3], 5).any()
     assert k_core(users, items, 1).all()
+
+
+def built_slowly(events, catalog, core) -> list:
+    """What is left of (user, item, time, variant, part), line by line."""
+    left = [event for event in events if event[1] in catalog]
+    kinds = {}    # user, variant, time -> the first such event
+    for event in left:
+        kinds.setdefault((event[0], event[3], event[2]), event)
+    left = list(kinds.values())
+    while True:
+        users = Counter(event[0] for event in left)
+        items = Counter(event[1] for event in left)
+        kept = [event for event in left if min(users[event[0]], items[event[1]]) >= core]
+        if kept == left:
+            return sorted(left, key=lambda event: (event[0], event[2]))    # else as the lines stand
+        left = kept
+
+
+@pytest.mark.parametrize("piece", [1, 50, 1 << 17])
+def test_what_is_built_equals_a_slow_loop(tmp_path, monkeypatch, histories, piece):
+    """Times with many ties, lines that are there twice, and a filter on top."""
+    monkeypatch.setattr(sources, "PIECE", piece)
+    rng = np.random.default_rng(0)
+    lines = (rng.random((1500, 5)) ** 3 * [400, 40, 9, 3, 3]).astype(int).tolist()    # skewed
+    events = [(f"u{u}", f"i{i}", t / 2, f"i{i} in {v}", part) for u, i, t, v, part in lines]
+    catalog = {f"i{i}": {} for i in range(36)}
+    users, items, times, variants, parts = zip(*events)
+    raw = Raw(
+        Keys(users), Keys(items), np.array(times), catalog, core=5, need_catalog=True,
+        variants=Keys(variants), parts=np.array(parts, np.int8), clock="day",
+    )
+    sources.build(raw, tmp_path / "x", {"name": "x"})
+    expected = built_slowly(events, catalog, core=5)
+    without_core = built_slowly(events, catalog, core=0)
+    described = [event for event in events if event[1] in catalog]
+    assert len(expected) + 100 < len(without_core) < len(described) - 20    # each filter drops some
+    left = {}
+    for user, item, *_ in expected:
+        left.setdefault(user, []).append(item)
+    assert histories(tmp_path / "x") == left
+    with np.load(tmp_path / "x" / "sequences.npz") as arrays:
+        assert {name: str(array.dtype) for name, array in arrays.items()} == {
+            "items": "int32", "times": "int64", "parts": "int8", "offsets": "int64",
+        }
+        assert arrays["times"].tolist() == [int(event[2]) for event in expected]
+        assert arrays["parts"].tolist() == [event[4] for event in expected]
+    steps = read_json(tmp_path / "x" / "source.json")["counts"]
+    assert steps[-1] == {
+        "step": "5-core", "users": len(left), "items": len({event[1] for event in expected}),
+        "interactions": len(expected),
+    }
 
 
 def test_filters_are_counted_in_order(tmp_path, histories):
