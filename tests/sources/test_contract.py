@@ -318,7 +318,7 @@ def test_a_further_line_takes_a_few_bytes(name, tmp_path):
     few, many = held
     assert many - few > 9000
     now, peak = (held[many] - held[few]) / (many - few)
-    assert now < 24
+    assert now < 20
     assert peak < 48
 
 
