@@ -4,9 +4,12 @@
 Names are compared without case and without what is no letter or digit: `User_ID` is `userid`.
 """
 import re
+from array import array
+
+import numpy as np
 
 from .files import UserError
-from .tables import MISSING, cut, each_row, first_of, form_of, header_of
+from .tables import MISSING, Keys, cut, each_row, first_of, form_of, header_of
 from .times import ADVICE, Times
 
 USERS = (
@@ -36,14 +39,13 @@ class Interactions:
     """users, items, times and parts of one table or several; then `columns`."""
 
     def __init__(self):
-        self.users = []
-        self.items = []
-        self.parts = []
+        self.users = Keys()
+        self.items = Keys()
+        self.parts = array("b")
         self.times = Times()
         self.timed = None    # whether the tables have times: all or none,
         self.parted = None   # and whether they are parts
         self.notes = []
-        self.keys = {}       # one string per key, however many lines
 
     def read(self, path, form=None, part=None) -> dict:
         """Add a table -> what `each_row` counts.
@@ -58,16 +60,20 @@ class Interactions:
         self.parted = all_or_none(path, "a part: train, valid or test", self.parted, parted)
 
         def take(user, item, time, name):
-            user, item = on_one_line(user), on_one_line(item)
-            if user.casefold() in MISSING or item.casefold() in MISSING:
+            # most lines have a user and an item that an earlier one has
+            if user not in self.users.names:
+                user = key_of(user)
+            if item not in self.items.names:
+                item = key_of(item)
+            if not (user and item):
                 return "no_user_or_item"
             place = PART.get(name.strip().lower()) if own_part else part
             if place is None and own_part:
                 return "part_not_understood"
             if not self.times.add(time if self.timed else str(len(self.users))):
                 return "time_not_understood"
-            self.users.append(self.keys.setdefault(user, user))
-            self.items.append(self.keys.setdefault(item, item))
+            self.users.add(user)
+            self.items.add(item)
             if place is not None:
                 self.parts.append(place)
 
@@ -115,9 +121,9 @@ class Interactions:
         return {
             "users": self.users,
             "items": self.items,
-            "times": times.tolist(),
+            "times": times,
             "clock": clock if self.timed else "order",
-            "parts": self.parts or None,
+            "parts": np.asarray(self.parts) if self.parts else None,
             "notes": notes,
         }
 
@@ -146,5 +152,7 @@ def plain_name(name) -> str:
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
-def on_one_line(key) -> str:
-    return " ".join(key.split())
+def key_of(cell) -> str:
+    """A cell's key on one line; "" for what stands for none."""
+    key = " ".join(cell.split())
+    return "" if key.casefold() in MISSING else key

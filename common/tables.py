@@ -12,11 +12,14 @@ import json
 import re
 import unicodedata
 import zlib
+from array import array
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import itemgetter
+
+import numpy as np
 
 from .files import UserError
 
@@ -27,21 +30,70 @@ SEPARATORS = ",\t;|"
 MISSING = {"", "nan", "null", "none"}    # what programs write where there is nothing
 
 
+class Keys:
+    """A column of keys: each distinct key is kept once, and for each line only its number."""
+
+    def __init__(self, keys=()):
+        self.names = {}             # key -> its number 0, 1, 2, ..., in the order of the lines
+        self.numbers = array("i")   # (lines,) of each line's key
+        self.extend(keys)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __iter__(self):
+        """Each line's key."""
+        names = list(self.names)
+        return (names[number] for number in self.numbers)
+
+    def add(self, key):
+        self.numbers.append(self.names.setdefault(key, len(self.names)))
+
+    def extend(self, keys):
+        for key in keys:
+            self.add(key)
+
+    def renamed(self, rename) -> "Keys":
+        """The column with `rename(key)` for each key; keys that get one name become one."""
+        column = Keys(map(rename, self.names))
+        column.numbers = array("i", np.asarray(column.numbers)[self.numbers].tobytes())
+        return column
+
+    def places_in(self, order) -> np.ndarray:
+        """(lines,) int32: where each line's key stands among the distinct keys `order`."""
+        place = {key: number for number, key in enumerate(order)}
+        places = np.array([place[key] for key in self.names], np.int32)
+        return places[self.numbers]
+
+
+def first_of_each(*columns) -> np.ndarray:
+    """(n,) bool: which rows of parallel columns are the first of their kind."""
+    order = np.lexsort(columns)    # equal rows stay in their order
+    again = np.ones(max(len(order) - 1, 0), bool)
+    for column in columns:
+        column = np.asarray(column)[order]
+        again &= column[1:] == column[:-1]
+    first = np.ones(len(order), bool)
+    first[order[1:][again]] = False
+    return first
+
+
 @dataclass
 class Raw:
     """Interactions and items as a source read them.
 
-    users, items, times are parallel lists, in the order of the file.
+    users, items, times and, where given, parts and variants have an entry for each interaction, in
+    the order of the file.
     """
-    users: list                 # str keys
-    items: list                 # str keys
-    times: list                 # seconds since 1970, or any numbers that give an order (see clock)
+    users: Keys
+    items: Keys
+    times: np.ndarray           # seconds since 1970, or any numbers that give an order (see clock)
     catalog: dict               # item key -> {"title": str, "text": [str], "language": str,
                                 #              "images": [path or address]}
     report: dict = field(default_factory=dict)    # what was found and dropped while reading; under
                                                   # the name of each file that was read, its counts
     notes: list = field(default_factory=list)     # what was given and is not used, in sentences
-    parts: list = None          # parallel to items: 0 train, 1 valid, 2 test, where files say so
+    parts: np.ndarray = None    # int8: 0 train, 1 valid, 2 test, where files say so
     clock: str = "seconds"      # seconds | day | order; "order": the times are no real times
     core: int = 0               # iterative k-core on users and items; 0 = none
     need_catalog: bool = False  # drop interactions with items that the catalog does not have
@@ -52,7 +104,7 @@ class Raw:
     published: dict = field(default_factory=dict)   # what a paper prints: {"users", "items",
                                                     # "interactions", "source"}
     image_root: str = ""        # where picture paths start: absolute, or from the processed folder
-    variants: list = None       # parallel to items: an exact duplicate must share these as well
+    variants: Keys = None       # an exact duplicate must share these as well
     picture_hosts: tuple = None # hosts that pictures may be fetched from; None = any public one
     extra: dict = field(default_factory=dict)    # file name -> {array name: array}, saved as .npz
 
@@ -188,14 +240,15 @@ def each_row(path, columns, take, optional=(), form=CSV, advice=None, most_bad=M
         places = [header.index(name) for name in columns]
         places += [header.index(name) if name in header else -1 for name in optional]
         cells = itemgetter(*places)
+        width = len(header)
         for number, row in lines:
-            if len(row) < len(header):
+            if len(row) < width:
                 yield number, Defect("columns_missing"), row
-            elif any(row[len(header):]):
+            elif len(row) > width and any(row[width:]):
                 yield number, Defect("more_columns_than_the_header"), row
             else:
-                row.append("")    # what place -1, an optional column that is not there, reads
-                yield number, cells(row), row[:-1]
+                # "" is what place -1, an optional column that is not there, reads
+                yield number, cells([*row, ""]), row
 
     return count_lines(path, rows(), lambda row: take(*row), advice, most_bad)
 

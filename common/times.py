@@ -4,11 +4,13 @@ A column is read as a whole, because one value alone may say too little: 01/02/2
 January or in February, and 20170714 is a number of seconds or a date.
 """
 import re
+from array import array
 from datetime import date, datetime, timedelta, timezone
 
 import numpy as np
 
 from .files import UserError
+from .tables import Keys
 
 DAY = 86_400
 YEAR_2100 = 4_102_444_800      # in seconds
@@ -37,8 +39,10 @@ class Times:
     """The times of a table, one after the other: `add` each, then `in_seconds`."""
 
     def __init__(self):
-        self.values = []    # seconds since 1970, or numbers
-        self.unsure = {}    # place -> (first, second, year, seconds of the day): day or month first
+        self.values = array("d")    # seconds since 1970, or numbers
+        self.unsure = array("i")    # places in values of dates with the day or the month first,
+        self.dates = Keys()         # (first, second, year) of each of them,
+        self.clocks = array("d")    # and the seconds of its day
 
     def add(self, text) -> bool:
         """Whether a text is understood: a number, an ISO date, or another usual form of a date."""
@@ -69,7 +73,9 @@ class Times:
             return moment(parts["year"], month, parts["day"], clock)
         if parts["mark"] == ".":    # 14.07.2017: the day first, wherever it is written so
             return moment(parts["year"], parts["second"], parts["first"], clock)
-        self.unsure[len(self.values)] = (parts["first"], parts["second"], parts["year"], clock)
+        self.unsure.append(len(self.values))
+        self.dates.add((parts["first"], parts["second"], parts["year"]))
+        self.clocks.append(clock)
         return 0
 
     def in_seconds(self, path) -> tuple:
@@ -78,7 +84,7 @@ class Times:
         Raises UserError for dates that can be read in two ways, and for times in several units.
         """
         self.resolve(path)
-        times = np.array(self.values, float)
+        times = np.asarray(self.values)
         found = {}
         dates = compact_dates(times)
         if dates is not None:
@@ -100,23 +106,29 @@ class Times:
         """Decide what stands first in dates such as 07/14/2017: the month or the day."""
         if not self.unsure:
             return
-        firsts = {int(parts[0]) for parts in self.unsure.values()}
-        seconds = {int(parts[1]) for parts in self.unsure.values()}
-        if (max(firsts) > 12) == (max(seconds) > 12):
-            first, second, year, _ = next(iter(self.unsure.values()))
+        dates = list(self.dates.names)
+        day_first = max(int(first) for first, _, _ in dates) > 12
+        month_first = max(int(second) for _, second, _ in dates) > 12
+        if day_first == month_first:
+            first, second, year = dates[0]
             raise UserError(
                 f"{path} has dates such as {first}/{second}/{year}, and it cannot be told whether "
                 f"the day or the month stands first: {ADVICE}"
             )
-        for place, (first, second, year, clock) in self.unsure.items():
-            day, month = (first, second) if max(firsts) > 12 else (second, first)
-            value = moment(year, month, day, clock)
-            if value is None or value < 0:
-                raise UserError(
-                    f"{path} has a date {first}/{second}/{year} that does not exist or lies before "
-                    f"1970: {ADVICE}"
-                )
-            self.values[place] = value
+        days = []
+        for first, second, year in dates:
+            day, month = (first, second) if day_first else (second, first)
+            days.append(moment(year, month, day, 0))
+        days = np.array(days, float)    # NaN for a date that does not exist
+        seconds = days[self.dates.numbers] + np.asarray(self.clocks)
+        impossible = np.flatnonzero(~(seconds >= 0))
+        if len(impossible):
+            first, second, year = dates[self.dates.numbers[impossible[0]]]
+            raise UserError(
+                f"{path} has a date {first}/{second}/{year} that does not exist or lies before "
+                f"1970: {ADVICE}"
+            )
+        np.asarray(self.values)[self.unsure] = seconds
 
 
 # ---------------- one time
@@ -194,14 +206,15 @@ def compact_dates(times):
     plausible = days.min() >= 1970_01_01 and days.max() <= 2100_12_31 and (times % 1 == 0).all()
     if not plausible:
         return None
-    seconds = {}    # day -> seconds since 1970
-    for day in np.unique(days).astype(int).tolist():
-        seconds[day] = moment(day // 10_000, day // 100 % 100, day % 100, 0)
-    if None in seconds.values():
+    distinct, place = np.unique(days, return_inverse=True)
+    seconds = [    # since 1970
+        moment(day // 10_000, day // 100 % 100, day % 100, 0)
+        for day in distinct.astype(int).tolist()
+    ]
+    if None in seconds:
         return None
     clock = times % scale * unit    # 123000, or 0
     hour, minute, second = clock // 10_000, clock // 100 % 100, clock % 100
     if hour.max() > 23 or minute.max() > 59 or second.max() > 59:
         return None
-    dates = np.array([seconds[day] for day in days.astype(int).tolist()], float)
-    return dates + hour * 3600 + minute * 60 + second
+    return np.array(seconds)[place] + hour * 3600 + minute * 60 + second

@@ -15,8 +15,9 @@ and, only where they apply,
     pictures_in(folder) -> int           how many pictures lie there that read finds by looking: if
                                          there are more than before, the folder is read again
 
-`Raw` and what helps to read tables are in common/tables.py, readers of tables with usual names in
-common/interactions.py and common/items.py; recbole.py is a short example. `Raw.report` has an entry
+`Raw`, its columns (`Keys`: a line takes four bytes, however long its key) and what helps to read
+tables are in common/tables.py, readers of tables with usual names in common/interactions.py and
+common/items.py; recbole.py is a short example. `Raw.report` has an entry
 under the name of each file that was read: other files of the folder are named as not read. A new
 file is on the command line at once.
 """
@@ -35,6 +36,7 @@ from common.features import write_features
 from common.files import (
     UserError,
     alone_in,
+    arrays_sha256,
     atomic,
     keys_sha256,
     read_json,
@@ -42,12 +44,13 @@ from common.files import (
     sha256,
     write_json,
 )
-from common.tables import Raw
+from common.tables import Raw, first_of_each
 
 from .notes import PICTURES, notes_of_files
 
 FORMAT = 3    # of the processed folder; a folder of another format is made anew. Raise it also when
               # a reader in common/ reads otherwise: only the code of sources is watched
+PIECE = 1 << 17    # interactions, and the rest of the last user's, that are sorted at once
 SOURCES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 SOURCES = [source for source in SOURCES if hasattr(source, "recognises")]
 NAMES = [name for source in SOURCES for name in getattr(source, "NAMES", ())]
@@ -277,23 +280,37 @@ def carry_out(order, mirror, reason):
 # ---------------- build: filter, number, write
 
 class Columns:
-    """The interactions as parallel arrays of codes, and what each filter has left of them."""
+    """The interactions as parallel arrays, one user after the other, each user's by (time, line in
+    the file); and what each filter has left of them."""
 
     def __init__(self, raw, user_keys, item_keys):
-        self.users = codes(raw.users, user_keys)
-        self.items = codes(raw.items, item_keys)
-        self.times = np.asarray(raw.times)    # fractions of a second still order events
+        users = raw.users.places_in(user_keys)
+        times = np.asarray(raw.times)    # fractions of a second still order events
+        order = np.lexsort((times, users))    # equal times stay in the order of the lines
+        self.users = users[order]
+        del users    # what is not needed is let go: this is where the memory is fullest
+        self.items = raw.items.places_in(item_keys)[order]
+        self.times = times[order]
         self.variants = self.items
         if raw.variants:
-            self.variants = codes(raw.variants, sorted(set(raw.variants)))
-        self.parts = np.zeros(len(self.users), np.int8)
-        if raw.parts:
-            self.parts = np.asarray(raw.parts, np.int8)
+            self.variants = np.asarray(raw.variants.numbers)[order]
+        self.parts = np.zeros(len(order), np.int8)
+        if raw.parts is not None:
+            self.parts = np.asarray(raw.parts, np.int8)[order]
         self.steps = []
         self.count("read")
 
+    def first_of_each(self):
+        """(n,) bool: which are the first of their user, time and variant."""
+        begins = np.unique(np.searchsorted(self.users, self.users[::PIECE]))
+        first = [np.zeros(0, bool)]
+        for begin, end in zip(begins, [*begins[1:], len(self.users)]):
+            columns = (self.variants, self.times, self.users)
+            first.append(first_of_each(*(column[begin:end] for column in columns)))
+        return np.concatenate(first)
+
     def keep(self, step, which):
-        """Keep some of the interactions (mask or positions); count them under the step's name."""
+        """Keep some of the interactions (a mask); count them under the step's name."""
         self.users = self.users[which]
         self.items = self.items[which]
         self.times = self.times[which]
@@ -304,8 +321,8 @@ class Columns:
     def count(self, step):
         self.steps.append({
             "step": step,
-            "users": len(np.unique(self.users)),
-            "items": len(np.unique(self.items)),
+            "users": len(occurring(self.users)),
+            "items": len(occurring(self.items)),
             "interactions": len(self.users),
         })
 
@@ -317,22 +334,22 @@ def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
     result depends on nothing but the data. A user's items are ordered by (time, line in the file).
     Raises UserError when nothing is left.
     """
-    if not raw.users:
+    if not len(raw.users):
         raise UserError(
             f"no interactions were found for {about['name']}: check the raw files in its folder"
         )
-    user_keys = raw.user_order or sorted(set(raw.users))
-    item_keys = raw.item_order or sorted(set(raw.items) | set(raw.catalog))
+    user_keys = raw.user_order or sorted(raw.users.names)
+    item_keys = raw.item_order or sorted({*raw.items.names, *raw.catalog})
     columns = Columns(raw, user_keys, item_keys)
     apply_filters(raw, columns, item_keys, about["name"])
 
     # an untouched folder keeps its whole catalog; after a filter only the items that still occur
     filtered = raw.core > 1 or raw.need_catalog
-    kept_items = np.unique(columns.items) if filtered else np.arange(len(item_keys))
-    kept_users = np.unique(columns.users)
+    kept_items = occurring(columns.items) if filtered else np.arange(len(item_keys))
+    kept_users = occurring(columns.users)
     keys = [item_keys[i] for i in kept_items]
-    sequences = sequences_of(columns, kept_users, kept_items)
-    if not raw.parts:
+    sequences = sequences_of(columns, kept_items)
+    if raw.parts is None:
         del sequences["parts"]
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +383,7 @@ def about_data(raw, keys, sequences) -> dict:
         "core": raw.core,
         "described": described_first(keys, raw.catalog),
         "items_sha256": keys_sha256(keys),
-        "sequences_sha256": keys_sha256([a.tobytes().hex() for a in sequences.values()]),
+        "sequences_sha256": arrays_sha256(sequences.values()),
         "report": raw.report,
         "notes": raw.notes,
         "features": {modality: encoder for modality, (encoder, _) in raw.features.items()},
@@ -380,8 +397,7 @@ def apply_filters(raw, columns, item_keys, name):
         described = np.array([key in raw.catalog for key in item_keys])
         columns.keep("items without metadata dropped", described[columns.items])
     if raw.clock != "order":
-        first = first_of_each(columns.users, columns.variants, columns.times)
-        columns.keep("exact duplicates dropped", first)
+        columns.keep("exact duplicates dropped", columns.first_of_each())
     if raw.core > 1:
         columns.keep(f"{raw.core}-core", k_core(columns.users, columns.items, raw.core))
     if not len(columns.users):
@@ -392,17 +408,19 @@ def apply_filters(raw, columns, item_keys, name):
         )
 
 
-def sequences_of(columns, kept_users, kept_items) -> dict:
+def sequences_of(columns, kept_items) -> dict:
     """{"items": ids 1..N, one user after the other, "times", "parts": 0 train, 1 valid, 2 test,
     "offsets": where each user begins}"""
-    users = np.searchsorted(kept_users, columns.users)
-    items = np.searchsorted(kept_items, columns.items)
-    order = np.lexsort((np.arange(len(users)), columns.times, users))
+    ids = np.zeros(kept_items.max() + 1, np.int32)
+    ids[kept_items] = np.arange(1, len(kept_items) + 1)
+    lengths = np.bincount(columns.users)
+    times = np.empty(len(columns.times), np.int64)
+    np.floor(columns.times, out=times, casting="unsafe")
     return {
-        "items": (items[order] + 1).astype(np.int32),
-        "times": np.floor(columns.times[order]).astype(np.int64),
-        "parts": columns.parts[order],
-        "offsets": np.searchsorted(users[order], np.arange(len(kept_users) + 1)),
+        "items": ids[columns.items],
+        "times": times,
+        "parts": columns.parts,
+        "offsets": np.concatenate([[0], np.cumsum(lengths[lengths > 0])]),
     }
 
 
@@ -455,18 +473,9 @@ def move_features(old, new):
             path.rename(new / path.name)
 
 
-def codes(values, keys):
-    """The place of each value among the keys: (n,) int64."""
-    place = {key: i for i, key in enumerate(keys)}
-    return np.fromiter((place[value] for value in values), np.int64, len(values))
-
-
-def first_of_each(*columns):
-    """Positions, ascending, of the first row of each distinct combination."""
-    order = np.lexsort((np.arange(len(columns[0])), *columns))
-    new = np.ones(len(order), bool)
-    new[1:] = np.any([c[order][1:] != c[order][:-1] for c in columns], axis=0)
-    return np.sort(order[new])
+def occurring(numbers):
+    """The distinct ones of some small numbers, ascending."""
+    return np.flatnonzero(np.bincount(numbers))
 
 
 def k_core(users, items, k):

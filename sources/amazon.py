@@ -13,6 +13,7 @@ https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ (2018), https://amazon-rev
 import ast
 import json
 import re
+from array import array
 from collections import Counter
 from itertools import takewhile, zip_longest
 from pathlib import Path
@@ -22,7 +23,16 @@ import numpy as np
 from common.files import UserError
 from common.interactions import has_own_table
 from common.items import as_list
-from common.tables import Defect, Raw, clean_text, each_object, first_lines, sentences
+from common.tables import (
+    Defect,
+    Keys,
+    Raw,
+    clean_text,
+    each_object,
+    first_lines,
+    first_of_each,
+    sentences,
+)
 from common.web import download
 
 MAX_IMAGES = 10
@@ -108,14 +118,14 @@ def read(folder, name) -> Raw:
     catalog = {}
     notes = []
     if metadata:
-        catalog, found = read_metadata(metadata, set(items))
+        catalog, found = read_metadata(metadata, items.names)
         report[metadata.name] = found
         if found["pictures_not_understood"]:
             notes.append(
                 f"{metadata.name}: the pictures of {found['pictures_not_understood']} products are "
                 f"not understood: an address is wanted"
             )
-    report["items_without_metadata"] = len(set(items) - catalog.keys())
+    report["items_without_metadata"] = len(items.names.keys() - catalog.keys())
     published = {}
     if name in SETS:
         published = dict(zip(("users", "items", "interactions", "source"), SETS[name][2:]))
@@ -243,11 +253,10 @@ def each_line(path, take, parse=parse) -> dict:
 
 
 def read_reviews(path) -> tuple:
-    """-> users, items, times (parallel lists), clock, counts."""
+    """-> users, items, times, clock, counts."""
     clock = clock_of(path) or "day"
     user_field, item_field, time_field = FIELDS[clock]
-    users, items, times = [], [], []
-    known = {}    # one string per key, however many reviews
+    users, items, times = Keys(), Keys(), array("q")
 
     def take(row):
         user = key_of(row.get(user_field))
@@ -261,15 +270,16 @@ def read_reviews(path) -> tuple:
         time = seconds(row[time_field])
         if time is None:
             return "impossible_time"
-        users.append(known.setdefault(user, user))
-        items.append(known.setdefault(item, item))
+        users.add(user)
+        items.add(item)
         times.append(time)
 
     counts = each_line(path, take)
-    counts["users"] = len(set(users))
-    counts["items"] = len(set(items))
-    counts["exact_duplicates"] = duplicates(users, items, times)
-    counts["repeated_items"] = duplicates(users, items)
+    times = np.asarray(times)
+    counts["users"] = len(users.names)
+    counts["items"] = len(items.names)
+    counts["exact_duplicates"] = duplicates(users.numbers, items.numbers, times)
+    counts["repeated_items"] = duplicates(users.numbers, items.numbers)
     return users, items, times, clock, counts
 
 
@@ -307,13 +317,7 @@ def read_metadata(path, wanted) -> tuple:
 
 def duplicates(*columns) -> int:
     """How many rows of the parallel columns have occurred before."""
-    codes = []
-    for column in columns:
-        code = {value: n for n, value in enumerate(dict.fromkeys(column))}
-        codes.append(np.fromiter(map(code.get, column), np.int64, len(column)))
-    codes = np.stack(codes)
-    codes = codes[:, np.lexsort(codes)]
-    return int((codes[:, 1:] == codes[:, :-1]).all(0).sum())
+    return int((~first_of_each(*columns)).sum())
 
 
 # ---------------- values

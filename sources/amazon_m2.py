@@ -14,12 +14,15 @@ https://www.aicrowd.com/challenges/amazon-kdd-cup-23-multilingual-recommendation
 for a login).
 """
 import re
+from array import array
 from collections import Counter
 from itertools import count
 from pathlib import Path
 
+import numpy as np
+
 from common.files import UserError
-from common.tables import Raw, each_row, placed, sentences
+from common.tables import Keys, Raw, each_row, placed, sentences
 
 LANGUAGES = {"UK": "en", "DE": "de", "JP": "ja", "ES": "es", "FR": "fr", "IT": "it"}
 LOCALES = {f"m2-{locale.lower()}": locale for locale in LANGUAGES}    # name of the set: its locale
@@ -73,7 +76,7 @@ def read(folder, name) -> Raw:
     sessions, products = placed(folder, SESSIONS), placed(folder, PRODUCTS)
     report = {}
     users, items, times, report[sessions.name] = read_sessions(sessions, locales)
-    used = set(items)
+    used = items.names
     catalog, report[products.name] = read_products(products, used)
     report["items_without_metadata"] = len(used) - len(catalog)
     notes = []
@@ -93,12 +96,11 @@ def read(folder, name) -> Raw:
 
 
 def read_sessions(path, locales) -> tuple:
-    """-> users, items, times (parallel lists), counts.
+    """-> users, items, times, counts.
 
     A session is named by its locale and a running number.
     """
-    users, items, times = [], [], []
-    keys = {}    # one string per key, however many sessions
+    users, items, times = Keys(), Keys(), array("i")
     numbers = count(1)
 
     def take(previous, following, locale):
@@ -117,11 +119,11 @@ def read_sessions(path, locales) -> tuple:
         if locale in locales:
             session = [f"{item}@{locale}" for item in session + target]
             users.extend([f"{locale}{number}"] * len(session))
-            items.extend(map(keys.setdefault, session, session))
+            items.extend(session)
             times.extend(range(len(session)))
 
     counts = each_row(path, ("prev_items", "next_item", "locale"), take)
-    return users, items, times, counts
+    return users, items, np.asarray(times), counts
 
 
 def read_products(path, used) -> tuple:
@@ -178,8 +180,9 @@ def add_images(catalog, images, used) -> int:
 def note_of_strangers(images, used) -> list:
     """A line on pictures whose name is no item's, if there are any."""
     products = {key.partition("@")[0] for key in used}
-    known_names = used | products
-    strangers = [path for name, path in images.items() if name not in known_names]
+    strangers = [
+        path for name, path in images.items() if name not in used and name not in products
+    ]
     if not strangers:
         return []
     if len(strangers) == 1:

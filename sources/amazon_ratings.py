@@ -45,11 +45,12 @@ def read(folder, name) -> Raw:
     for path, (match, form) in tables.items():
         report[path.name] = interactions.read(path, form, FILES.get(match["part"]))
     columns = interactions.columns(path, report)
+    sold = columns["items"].names
     catalog = {}
     metadata = sorted(path for path in folder.iterdir() if META.fullmatch(path.name))
     if metadata:
-        catalog, report[metadata[0].name] = read_metadata(metadata[0], set(columns["items"]))
-    report["items_without_metadata"] = len(set(columns["items"]) - catalog.keys())
+        catalog, report[metadata[0].name] = read_metadata(metadata[0], sold)
+    report["items_without_metadata"] = len(sold.keys() - catalog.keys())
     return Raw(catalog=catalog, report=report, picture_hosts=HOSTS, **columns)
 
 

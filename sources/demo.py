@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from common.files import read_json, write_json
-from common.tables import Raw
+from common.tables import Keys, Raw
 
 from .demo_goods import describe, draw
 
@@ -579,9 +579,9 @@ def read(folder, name):
     by_time = order(times[users, steps])
     users, steps = users[by_time], steps[by_time]
     return Raw(
-        users=[f"{world.name}-user-{user + 1:04d}" for user in users],
-        items=[keys[item - 1] for item in bought[users, steps]],
-        times=times[users, steps].tolist(),
+        users=Keys(f"{world.name}-user-{user + 1:04d}" for user in users),
+        items=Keys(keys[item - 1] for item in bought[users, steps]),
+        times=times[users, steps],
         catalog=catalog,
         item_order=keys,
         image_root=f"../raw/{name.replace(':', '-')}",

@@ -33,9 +33,10 @@ def read(folder, name) -> Raw:
     columns = interactions.columns(next(iter(tables)), report)
     items = Items()
     columns["notes"] += items.read_beside(folder, report)
+    bought = columns["items"].names
     tables = " or ".join(table.name for table in tables)
-    columns["notes"] += notes_of_match(items.catalog, columns["items"], items.file, tables)
-    order = order_of(items.catalog, columns["items"])
+    columns["notes"] += notes_of_match(items.catalog, bought, items.file, tables)
+    order = order_of(items.catalog, bought)
     root = str(folder.resolve())
     return Raw(
         catalog=items.catalog, report=report, item_order=order, image_root=root, **columns

@@ -15,11 +15,14 @@ login).
 import glob
 import os
 import re
+from array import array
 from datetime import datetime
 from functools import lru_cache
 
+import numpy as np
+
 from common.files import UserError
-from common.tables import Raw, clean_text, each_row, placed, sentences
+from common.tables import Keys, Raw, clean_text, each_row, placed, sentences
 
 NAMES = ("hm",)
 DIGITS = {"article": 10, "product": 7}    # how much of the article id is the item's key
@@ -66,9 +69,10 @@ def read(folder, name, by="article") -> Raw:
     sales = placed(folder, SALES)
     users, sold_articles, times, counts = read_sales(sales)
     report = {sales.name: counts}
-    key_of = {article: article[:digits] for article in set(sold_articles)}    # one string per item
-    items = [key_of[article] for article in sold_articles]
-    sold = dict.fromkeys(items)
+    items = sold_articles
+    if by == "product":
+        items = sold_articles.renamed(lambda article: article[:digits])
+    sold = items.names
     images = find_images(folder, sold, digits)
     texts = {}
     articles = placed(folder, ARTICLES)
@@ -90,19 +94,20 @@ def read(folder, name, by="article") -> Raw:
         notes=notes,
         clock="day",
         core=5 if name else 0,
-        variants=sold_articles,
+        variants=sold_articles if by == "product" else None,
         image_root=str(folder.resolve()),
     )
 
 
 def read_sales(path) -> tuple:
-    """-> users, articles, times (parallel lists), counts."""
-    users, sold, times = [], [], []
-    customers, articles = {}, {}    # one string per key, however many purchases
+    """-> users, articles, times, counts."""
+    users, sold, times = Keys(), Keys(), array("q")
+    articles = {}    # article as it is written -> as it is known, "" for none
 
     def take(day, customer, article):
-        user = " ".join(customer.split())
-        if not user:
+        if customer not in users.names:
+            customer = " ".join(customer.split())
+        if not customer:
             return "no_customer"
         item = articles.get(article)
         if item is None:
@@ -112,14 +117,14 @@ def read_sales(path) -> tuple:
         time = seconds(day)
         if time is None:
             return "no_day"
-        users.append(customers.setdefault(user, user))
-        sold.append(item)
+        users.add(customer)
+        sold.add(item)
         times.append(time)
 
     counts = each_row(path, ("t_dat", "customer_id", "article_id"), take)
     short = [text for text, item in articles.items() if item and len(text.strip()) < 10]
     counts["article_ids_without_their_zero"] = len(short)
-    return users, sold, times, counts
+    return users, sold, np.asarray(times), counts
 
 
 def read_articles(path, sold, digits) -> tuple:

@@ -31,24 +31,24 @@ def read(folder, name) -> Raw:
     interactions = Interactions()
     report = {path.name: interactions.read(path, TABS)}
     columns = interactions.columns(path, report)
-    last = highest(columns["items"], path)
+    last = highest(columns["items"].names, path)
     features = read_features(folder, last, report)
     asins = read_mapping(folder, report)
     rows = max([last + 1] + [len(vectors) for _, vectors in features.values()])
     order = [asins.get(str(number), str(number)) for number in range(rows)]
-    columns["items"] = [order[int(item)] for item in columns["items"]]
+    columns["items"] = columns["items"].renamed(lambda number: order[int(number)])
     return Raw(catalog={}, report=report, item_order=order, features=features, **columns)
 
 
 def highest(items, path) -> int:
     """The largest itemID. Raises UserError for an item that is no number."""
-    strange = [item for item in set(items) if not item.isdecimal()]
+    strange = [item for item in items if not item.isdecimal()]
     if strange:
         raise UserError(
             f"{path} has an item {min(strange)}, and the rows of features are numbered: put the "
             f"table with the numbers there"
         )
-    return max(map(int, set(items)), default=-1)
+    return max(map(int, items), default=-1)
 
 
 def read_features(folder, last, report) -> dict:

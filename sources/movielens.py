@@ -57,8 +57,9 @@ def read(folder, name) -> Raw:
     report[titles] = each_row(
         folder / titles, ("movieid", "title"), take, optional, titles_written
     )
-    columns["notes"] += notes_of_match(catalog, columns["items"], titles, ratings)
-    order = order_of(catalog, columns["items"])
+    rated = columns["items"].names
+    columns["notes"] += notes_of_match(catalog, rated, titles, ratings)
+    order = order_of(catalog, rated)
     return Raw(catalog=catalog, report=report, item_order=order, **columns)
 
 

@@ -38,14 +38,15 @@ def read(folder, name) -> Raw:
             f"train, valid and test"
         )
     items = Items()
+    bought = columns["items"].names
     described = folder / f"{path.name.partition('.')[0]}.item"
     if described.is_file():
         report[described.name] = items.read(described, TABS)
         columns["notes"] += items.notes()
         columns["notes"] += notes_of_match(
-            items.catalog, columns["items"], described.name, path.name
+            items.catalog, bought, described.name, path.name
         )
-    order = order_of(items.catalog, columns["items"])
+    order = order_of(items.catalog, bought)
     root = str(folder.resolve())
     return Raw(
         catalog=items.catalog, report=report, item_order=order, image_root=root, **columns

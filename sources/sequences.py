@@ -7,10 +7,14 @@ user item                  a line for each interaction, in their order
 as items.jsonl or items.csv. There are no times. Sources: github.com/kang205/SASRec,
 github.com/RUCAIBox/CIKM2020-S3Rec
 """
+from array import array
+
+import numpy as np
+
 from common.files import UserError
 from common.interactions import FILES, has_own_table
 from common.items import Items, notes_of_match, order_of
-from common.tables import Raw, each_object, first_lines
+from common.tables import Keys, Raw, each_object, first_lines
 
 ENOUGH = 200                            # lines that say how a file is written,
 MOST = .9                               # and how many of them must be written so
@@ -32,30 +36,28 @@ def read(folder, name) -> Raw:
             f"one folder for each"
         )
     report = {}
-    users, items, of_parts = [], [], []
-    keys = {}    # one string per key, however many lines
+    users, items, of_parts = Keys(), Keys(), array("b")
 
     def take(numbers):
         user, *sequence = numbers
         if not sequence or not "".join(numbers).isdecimal():
             return "no_user_and_items"
-        sequence = [keys.setdefault(item, item) for item in sequence]
-        users.extend([keys.setdefault(user, user)] * len(sequence))
+        users.extend([user] * len(sequence))
         items.extend(sequence)
 
     for path, part in sorted(zip(paths, parts), key=lambda row: row[1] or 0):
         report[path.name] = each_object(path, take, parse=str.split)
-        of_parts += [part] * (len(items) - len(of_parts))
+        of_parts.extend([part or 0] * (len(items) - len(of_parts)))
     catalog = Items()
     notes = catalog.read_beside(folder, report)
-    notes += notes_of_match(catalog.catalog, items, catalog.file, path.name)
+    notes += notes_of_match(catalog.catalog, items.names, catalog.file, path.name)
     return Raw(
-        users, items, list(range(len(users))), catalog.catalog,
+        users, items, np.arange(len(users)), catalog.catalog,
         report=report,
         notes=notes,
-        parts=None if None in parts else of_parts,
+        parts=None if None in parts else np.asarray(of_parts),
         clock="order",
-        item_order=order_of(catalog.catalog, items),
+        item_order=order_of(catalog.catalog, items.names),
         image_root=str(folder.resolve()),
     )
 

@@ -6,6 +6,7 @@ Their `.inter` files hold one row per prefix, cut to the last 50 items; the whol
 together again here. They have an order but no times. Sources: github.com/RUCAIBox/UniSRec,
 github.com/gimpong/MM23-MISSRec.
 """
+from array import array
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import UserError
-from common.tables import TABS, Raw, clean_text, each_row, first_lines, header_of
+from common.tables import TABS, Keys, Raw, clean_text, each_row, first_lines, header_of
 
 CUT = 50    # items before the target in a row of .inter
 # users, items, interactions as the UniSRec paper prints them (Table 1)
@@ -47,17 +48,17 @@ def read(folder, name) -> Raw:
     report = {}
     item_keys = read_index(Path(f"{stem}.item2index"), report)
     user_keys = read_index(Path(f"{stem}.user2index"), report)
-    users, items = [], []
+    users, items = Keys(), Keys()
     sequences = read_sequences(stem, len(user_keys), len(item_keys), report)
     for user, sequence in sorted(sequences.items()):
-        users += [user_keys[user]] * len(sequence)
-        items += [item_keys[i] for i in sequence]
+        users.extend([user_keys[user]] * len(sequence))
+        items.extend(item_keys[i] for i in sequence)
     published = {}
     known = PUBLISHED.get(stem.name)
     if known and known[1] == len(item_keys):    # else it is a part of that set
         published = dict(zip(("users", "items", "interactions"), known), source="UniSRec")
     return Raw(
-        users, items, list(range(len(users))),
+        users, items, np.arange(len(users)),
         catalog=read_texts(Path(f"{stem}.text"), item_keys, report),
         report=report,
         clock="order",
@@ -131,7 +132,8 @@ def read_sequences(stem, n_users, n_items, report) -> dict:
             return "no_numbers"
         if not (0 <= user < n_users and min(row) >= 0 and max(row) < n_items):
             return "not_in_the_index_files"
-        rows[user][tuple(row[-CUT:])] = row
+        row = array("i", row)
+        rows[user][row[-CUT:].tobytes()] = row
         if part != "train" or len(row) > len(last.get(user, ())):
             last[user] = row
 
@@ -150,10 +152,10 @@ def whole_sequence(last, rows) -> list:
     row = last
     older = []
     while len(row) > CUT:
-        row = rows.pop(tuple(row[:-1]), ())
+        row = rows.pop(row[:-1].tobytes(), ())
         if len(row) > CUT:
             older.append(row[0])
-    return older[::-1] + last
+    return [*older[::-1], *last]
 
 
 def read_features(stem, n_items, report) -> dict:

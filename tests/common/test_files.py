@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from common import files
 from common.files import (
     UserError,
     alone_in,
+    arrays_sha256,
     atomic,
     command,
     keys_sha256,
@@ -190,6 +192,12 @@ def test_fingerprints(tmp_path):
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
     assert keys_sha256(["a", "é"]) == hashlib.sha256("a\né".encode()).hexdigest()
     assert keys_sha256(["a", "b"]) != keys_sha256(["b", "a"])
+
+
+def test_a_fingerprint_of_arrays_is_that_of_their_digits():
+    arrays = [np.arange(2_500_000, dtype=np.int32), np.zeros(0), np.array([5, 7])]
+    digits = [array.tobytes().hex() for array in arrays]
+    assert arrays_sha256(arrays) == keys_sha256(digits)
 
 
 def test_the_device(monkeypatch, capsys):

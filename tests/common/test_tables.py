@@ -1,18 +1,22 @@
 """common/tables.py: clean text, and the readers that count what they cannot use."""
 import gzip
 import os
+import random
 import re
 
+import numpy as np
 import pytest
 
 from common import tables
 from common.files import UserError
 from common.tables import (
     Defect,
+    Keys,
     clean_text,
     count_lines,
     each_object,
     each_row,
+    first_of_each,
     header_of,
     parse_object,
     placed,
@@ -20,6 +24,52 @@ from common.tables import (
     table_lines,
     text_lines,
 )
+
+# ---------------- columns
+
+def test_a_column_gives_back_its_keys_however_long_it_grows():
+    rng = random.Random(0)
+    lines = [f"key {rng.randrange(5000)}" for _ in range(100_000)]
+    column = Keys(lines[:10])
+    for key in lines[10:]:
+        column.add(key)
+    assert len(column) == len(lines)
+    assert [*column] == lines
+    assert [*column.names] == [*dict.fromkeys(lines)]    # in the order of the lines
+    assert [*column.names.values()] == [*range(len(column.names))]
+    assert column.numbers.itemsize * len(column.numbers) == 4 * len(lines)
+    assert len({*map(id, column)}) == len(column.names)    # one string per key
+    order = sorted({*lines, "key nobody has"})
+    places = column.places_in(order)
+    assert places.dtype == np.int32
+    assert [order[place] for place in places] == lines
+
+
+def test_keys_that_get_one_name_become_one():
+    column = Keys(["b2", "a1", "b1", "a1"]).renamed(lambda key: key[:1])
+    assert [*column] == ["b", "a", "b", "a"]
+    assert column.names == {"b": 0, "a": 1}
+    column.add("a")
+    assert [*column][-1] == "a"
+
+
+def test_an_empty_column():
+    assert [*Keys().renamed(str.upper)] == [*Keys()] == []
+    assert len(Keys().places_in(["a"])) == 0
+    assert len(first_of_each(Keys().numbers)) == 0
+
+
+def test_the_first_of_each_kind_equals_a_slow_loop():
+    rng = np.random.default_rng(0)
+    columns = rng.integers(0, 5, (3, 200))
+    seen = set()
+    slow = []
+    for row in zip(*columns.tolist()):
+        slow.append(row not in seen)
+        seen.add(row)
+    assert 50 < sum(slow) < 150
+    assert first_of_each(*columns).tolist() == slow
+
 
 # ---------------- text
 

@@ -74,6 +74,32 @@ def test_dates_that_can_be_read_in_two_ways_or_in_none_are_one_sentence(texts):
         times.in_seconds("t.csv")
 
 
+def test_dates_that_are_resolved_later_stand_at_their_lines():
+    days, clocks = [5, 25, 5, 1], [0, 600, 59, 0]
+    times = Times()
+    for day, clock in zip(days, clocks):
+        assert times.add("1500000000.5")
+        assert times.add(f"{day:02}/03/2017 00:{clock // 60:02}:{clock % 60:02}")
+    values, _, clock = times.in_seconds("t.csv")
+    march = datetime(2017, 3, 1, tzinfo=timezone.utc).timestamp()
+    assert values[1::2].tolist() == [
+        march + (day - 1) * 86_400 + clock for day, clock in zip(days, clocks)
+    ]
+    assert (values[::2] == 1500000000.5).all()
+    assert len(times.dates.names) == 3    # a date is kept once, however many lines have it
+
+
+@pytest.mark.parametrize("texts, wrong", [
+    (["25/02/2017", "31/02/2017", "30/02/2017"], "31/02/2017"),
+    (["25/02/2017", "01/01/1970", "01/01/1970 01:00 +05:30", "31/02/2017"], "01/01/1970"),
+])
+def test_the_first_date_that_does_not_exist_is_named(texts, wrong):
+    times = Times()
+    assert all(map(times.add, texts))
+    with pytest.raises(UserError, match=f"t.csv has a date {wrong} that does not exist or lies"):
+        times.in_seconds("t.csv")
+
+
 @pytest.mark.parametrize("text", [
     "", "yesterday", "2017-02-30", "2017/13/01", "14.07.17", "2017-07-14 25:00", "14 Foo 2017",
     "2017/07/14 13:00 PM", "1969-07-20",

@@ -154,12 +154,6 @@ def test_pictures_that_somebody_adds(tmp_path):
     assert amazon_m2.pictures_in(folder) == 4
 
 
-def test_one_string_per_key(tmp_path):
-    raw = amazon_m2.read(write(tmp_path), "m2-uk")
-    assert len({*map(id, raw.items)}) == len({*raw.items}) == 4
-    assert len({*map(id, raw.users)}) == 2
-
-
 def test_written_data_keep_the_order_and_repeats(tmp_path, histories):
     raw = amazon_m2.read(write(tmp_path / "raw"), "m2-jp")
     build(raw, tmp_path / "out", {"name": "m2-jp"})

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 import sources
 from common.files import UserError, read_json, sha256
-from common.tables import clean_text
+from common.tables import Keys, clean_text
 from helpers import HTML, ROOT
 from sources import SOURCES, knows, prepare, slug
 
@@ -272,8 +273,11 @@ def test_what_is_read_is_whole_and_clean(name, tmp_path):
     before = content_of(folder)
     raw = BY_NAME[name].read(folder, EXAMPLES[name].name)
     assert content_of(folder) == before
-    assert len(raw.users) == len(raw.items) == len(raw.times) > 1
-    assert raw.variants is None or len(raw.variants) == len(raw.users)
+    for keys in filter(None, (raw.users, raw.items, raw.variants)):
+        assert isinstance(keys, Keys) and len(keys) == len(raw.users) > 1
+        assert set(keys) == keys.names.keys()    # no key is there without a line
+    for column in (raw.times, raw.parts):
+        assert column is None or isinstance(column, np.ndarray) and len(column) == len(raw.users)
     for key in {*raw.users, *raw.items, *raw.catalog}:
         assert isinstance(key, str)
         assert key and key.split("\n") == [key.strip()]
@@ -291,6 +295,31 @@ def test_what_is_read_is_whole_and_clean(name, tmp_path):
     assert raw.user_order is None or set(raw.user_order) >= set(raw.users)
     assert raw.published.keys() in (set(), {"users", "items", "interactions", "source"})
     json.dumps(raw.report, allow_nan=False)
+
+
+# of unisrec and amazon_m2 each line brings a new key
+LONG = [name for name in WITH_FILES if name not in ("unisrec", "amazon_m2")]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_further_line_takes_a_few_bytes(name, tmp_path):
+    """Which is what lets tens of millions of lines fit into the memory."""
+    file, text = next(iter(EXAMPLES[name].files.items()))
+    first, *others = text.splitlines()
+    held = {}
+    for times in (20, 120):
+        folder = example_in(tmp_path / str(times), name)
+        write(folder, {file: table(first, *others * times)})
+        BY_NAME[name].read(folder, None)    # what is made once is made now
+        tracemalloc.start()
+        raw = BY_NAME[name].read(folder, None)
+        held[len(raw.users)] = np.array(tracemalloc.get_traced_memory())    # now, at the peak
+        tracemalloc.stop()
+    few, many = held
+    assert many - few > 9000
+    now, peak = (held[many] - held[few]) / (many - few)
+    assert now < 20
+    assert peak < 48
 
 
 @pytest.mark.parametrize("name", WITH_FILES)
@@ -338,7 +367,9 @@ def test_other_forms_of_the_files_read_like_plain_ones(name, form, tmp_path):
     folder = write(tmp_path / "other", files)
     assert BY_NAME[name].recognises(folder)
     other = BY_NAME[name].read(folder, None)
-    for part in ("users", "items", "times", "catalog", "clock", "item_order", "user_order"):
+    for column in ("users", "items", "times"):
+        assert [*getattr(other, column)] == [*getattr(plain, column)]
+    for part in ("catalog", "clock", "item_order", "user_order"):
         assert getattr(other, part) == getattr(plain, part)
 
 
@@ -348,10 +379,13 @@ def test_what_is_read_does_not_depend_on_the_hash_seed(tmp_path):
     folders = {name: str(example_in(tmp_path / name, name)) for name in WITH_FILES}
     code = (
         "import importlib, pathlib\n"
+        "from common.tables import Keys\n"
         f"for name, folder in {folders}.items():\n"
         "    source = importlib.import_module(f'sources.{name}')\n"
         "    for by in [{'by': by} for by in getattr(source, 'BY', ())] or [{}]:\n"
-        "        print(source.read(pathlib.Path(folder), None, **by))\n"
+        "        raw = source.read(pathlib.Path(folder), None, **by)\n"
+        "        for column, value in vars(raw).items():\n"
+        "            print(column, [*value] if isinstance(value, Keys) else value)\n"
     )
     processes = [
         subprocess.Popen(
@@ -361,7 +395,7 @@ def test_what_is_read_does_not_depend_on_the_hash_seed(tmp_path):
         for seed in "12"
     ]
     first, second = (process.communicate(timeout=60)[0] for process in processes)
-    assert first.count(b"Raw(") == len(WITH_FILES) + 1    # of hm both kinds of item
+    assert first.count(b"users [") == len(WITH_FILES) + 1    # of hm both kinds of item
     assert first == second
 
 
@@ -394,7 +428,7 @@ def test_one_bad_line_in_a_hundred_is_counted_and_more_are_refused(name, file, t
     assert counts["lines"] == 100
     assert list(counts["bad_lines"].values()) == [1]
     assert counts["first_bad_line"] == 3
-    assert raw.items == whole.items
+    assert [*raw.items] == [*whole.items]
     assert len(set(raw.users)) == len(set(whole.users))
     good = spoiled.splitlines()[3]
     write(folder, {file: spoiled.replace(f"{good}\n", "")})    # 1 of 99

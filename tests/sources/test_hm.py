@@ -106,17 +106,9 @@ def test_purchases_are_read_in_the_order_of_the_file(tmp_path):
 def test_two_colours_of_a_product_on_one_day_are_two_purchases(tmp_path):
     sales(tmp_path, sale("0108775015"), sale("0108775044"), sale("0108775044"))
     raw = hm.read(tmp_path, None, by="product")
-    assert raw.items == ["0108775"] * 3
-    assert raw.variants == ["0108775015", "0108775044", "0108775044"]
+    assert [*raw.items] == ["0108775"] * 3
+    assert [*raw.variants] == ["0108775015", "0108775044", "0108775044"]
     assert steps(raw, tmp_path / "out")["exact duplicates dropped"] == (1, 1, 2)
-
-
-def test_one_string_per_key(tmp_path):
-    sales(tmp_path, sale(), sale(day="2018-09-21"), sale("0108775044"))
-    raw = hm.read(tmp_path, None, by="product")
-    assert len({*map(id, raw.users)}) == 1
-    assert raw.items[0] is raw.items[1]
-    assert raw.times[0] is raw.times[2]
 
 
 def test_columns_in_another_order_and_no_price(tmp_path):
@@ -137,7 +129,7 @@ def test_columns_in_another_order_and_no_price(tmp_path):
 def test_lost_zeros_are_put_back_and_counted(tmp_path):
     sales(tmp_path, *map(sale, ("108775015", "0108775015", "108775015", "110065001")))
     raw = hm.read(tmp_path, None)
-    assert raw.items == ["0108775015", "0108775015", "0108775015", "0110065001"]
+    assert [*raw.items] == ["0108775015", "0108775015", "0108775015", "0110065001"]
     assert raw.report["transactions_train.csv"]["article_ids_without_their_zero"] == 2
     articles(tmp_path, "108775015,108775,Strap top,,,,,,,")
     pictures(tmp_path, "0108775015.jpg")
@@ -150,7 +142,7 @@ def test_lost_zeros_are_put_back_and_counted(tmp_path):
 
 
 def test_the_first_day_of_all_is_a_day(tmp_path):
-    assert hm.read(sales(tmp_path, sale(day="1970-01-01")), None).times == [0]
+    assert hm.read(sales(tmp_path, sale(day="1970-01-01")), None).times.tolist() == [0]
 
 
 BAD_SALES = {
@@ -169,7 +161,7 @@ def test_bad_lines_are_skipped_and_counted(tmp_path, defect):
     bad = BAD_SALES[defect]
     good = [sale(customer=f"c{i}") for i in range(600)]
     raw = hm.read(sales(tmp_path, *good[:49], "", *bad, *good[49:]), None)
-    assert raw.users == [f"c{i}" for i in range(600)]
+    assert [*raw.users] == [f"c{i}" for i in range(600)]
     assert set(raw.items) == {"0108775015"}
     assert raw.report["transactions_train.csv"] == {
         "lines": 600 + len(bad), "bad_lines": {defect: len(bad)}, "first_bad_line": 52,
@@ -228,7 +220,7 @@ def test_a_product_has_the_words_of_its_first_article_and_the_looks_of_all(tmp_p
         "0108775044,108775,Third,,,Solid,black,,,",
     )
     raw = hm.read(tmp_path, None, by="product")
-    assert raw.items == ["0108775", "0108775", "0110065"]
+    assert [*raw.items] == ["0108775", "0108775", "0110065"]
     assert raw.catalog == {"0108775": {
         "title": "First in the file",
         "language": "en",

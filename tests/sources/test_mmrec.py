@@ -25,9 +25,9 @@ def folder(tmp_path):
 
 def test_rows_belong_to_their_items(folder, tmp_path):
     raw = mmrec.read(folder, None)
-    assert raw.items == ["B2", "B0", "B1", "B2"]
+    assert [*raw.items] == ["B2", "B0", "B1", "B2"]
     assert raw.item_order == ["B0", "B1", "B2", "B3"]
-    assert raw.parts == [0, 1, 2, 0]
+    assert [*raw.parts] == [0, 1, 2, 0]
     assert raw.notes == ["baby.inter: columns not read: rating", (
         "the times of baby.inter are no dates (the first is 10): they give the order of events only"
     )]

@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,13 +15,15 @@ from safetensors.numpy import load_file
 import sources
 from common.features import write_features
 from common.files import UserError, alone_in, read_json, sha256
-from common.tables import Raw
+from common.tables import Keys, Raw
 from helpers import ROOT, write_shop
 from sources import k_core, prepare
 
 USED = "is up to date, and is used as it was prepared"
 MINE = '''"""Ratings in a table with columns of other names, as somebody may have them."""
-from common.tables import Raw, each_row
+import numpy as np
+
+from common.tables import Keys, Raw, each_row
 
 NAMES = ("mine",)
 
@@ -37,15 +40,15 @@ def fetch(name, raw, mirror):
 
 
 def read(folder, name):
-    users, items, times = [], [], []
+    users, items, times = Keys(), Keys(), []
 
     def take(user, item, time):
-        users.append(user)
-        items.append(item)
+        users.add(user)
+        items.add(item)
         times.append(int(time))
 
     counts = each_row(folder / "ratings.csv", ("who", "what", "when"), take)
-    return Raw(users, items, times, {}, report={"ratings.csv": counts})
+    return Raw(users, items, np.array(times), {}, report={"ratings.csv": counts})
 '''
 
 
@@ -74,8 +77,8 @@ def write(folder, *lines):
 
 def raw_of(*events, **options):
     """A Raw of (user, item, time) triples."""
-    users, items, times = map(list, zip(*events))
-    return Raw(users, items, times, **{"catalog": {}, **options})
+    users, items, times = zip(*events)
+    return Raw(Keys(users), Keys(items), np.array(times), **{"catalog": {}, **options})
 
 
 def keys_in(folder):
@@ -101,6 +104,57 @@ def test_k_core_equals_a_slow_loop():
     assert set(np.flatnonzero(k_core(users, items, 5))) == left
     assert not k_core(users[:3], items[:3], 5).any()
     assert k_core(users, items, 1).all()
+
+
+def built_slowly(events, catalog, core) -> list:
+    """What is left of (user, item, time, variant, part), line by line."""
+    left = [event for event in events if event[1] in catalog]
+    kinds = {}    # user, variant, time -> the first such event
+    for event in left:
+        kinds.setdefault((event[0], event[3], event[2]), event)
+    left = list(kinds.values())
+    while True:
+        users = Counter(event[0] for event in left)
+        items = Counter(event[1] for event in left)
+        kept = [event for event in left if min(users[event[0]], items[event[1]]) >= core]
+        if kept == left:
+            return sorted(left, key=lambda event: (event[0], event[2]))    # else as the lines stand
+        left = kept
+
+
+@pytest.mark.parametrize("piece", [1, 50, 1 << 17])
+def test_what_is_built_equals_a_slow_loop(tmp_path, monkeypatch, histories, piece):
+    """Times with many ties, lines that are there twice, and a filter on top."""
+    monkeypatch.setattr(sources, "PIECE", piece)
+    rng = np.random.default_rng(0)
+    lines = (rng.random((1500, 5)) ** 3 * [400, 40, 9, 3, 3]).astype(int).tolist()    # skewed
+    events = [(f"u{u}", f"i{i}", t / 2, f"i{i} in {v}", part) for u, i, t, v, part in lines]
+    catalog = {f"i{i}": {} for i in range(36)}
+    users, items, times, variants, parts = zip(*events)
+    raw = Raw(
+        Keys(users), Keys(items), np.array(times), catalog, core=5, need_catalog=True,
+        variants=Keys(variants), parts=np.array(parts, np.int8), clock="day",
+    )
+    sources.build(raw, tmp_path / "x", {"name": "x"})
+    expected = built_slowly(events, catalog, core=5)
+    without_core = built_slowly(events, catalog, core=0)
+    described = [event for event in events if event[1] in catalog]
+    assert len(expected) + 100 < len(without_core) < len(described) - 20    # each filter drops some
+    left = {}
+    for user, item, *_ in expected:
+        left.setdefault(user, []).append(item)
+    assert histories(tmp_path / "x") == left
+    with np.load(tmp_path / "x" / "sequences.npz") as arrays:
+        assert {name: str(array.dtype) for name, array in arrays.items()} == {
+            "items": "int32", "times": "int64", "parts": "int8", "offsets": "int64",
+        }
+        assert arrays["times"].tolist() == [int(event[2]) for event in expected]
+        assert arrays["parts"].tolist() == [event[4] for event in expected]
+    steps = read_json(tmp_path / "x" / "source.json")["counts"]
+    assert steps[-1] == {
+        "step": "5-core", "users": len(left), "items": len({event[1] for event in expected}),
+        "interactions": len(expected),
+    }
 
 
 def test_filters_are_counted_in_order(tmp_path, histories):
@@ -170,8 +224,8 @@ def test_a_history_is_ordered_by_time_then_by_line(tmp_path, histories):
 
 @pytest.mark.parametrize("options, left", [
     ({}, 2),                                       # the second of three rows, for all it has
-    ({"variants": ["red", "red", "blue"]}, 2),
-    ({"variants": ["red", "green", "blue"]}, 3),
+    ({"variants": Keys(["red", "red", "blue"])}, 2),
+    ({"variants": Keys(["red", "green", "blue"])}, 3),
     ({"clock": "day"}, 2),
     ({"clock": "order"}, 3),                       # equal numbers say nothing there
 ], ids=["plain", "same variant", "other variant", "day", "order"])

@@ -52,7 +52,7 @@ def test_parts_of_other_names_are_put_together(tmp_path):
     folder = write(tmp_path / "x", x_part1_inter=f"{HEAD}u\ta\t5\t9\n",
                    x_part2_inter=f"{HEAD}u\tb\t5\t8\n")
     raw = recbole.read(folder, None)
-    assert raw.items == ["a", "b"]
+    assert [*raw.items] == ["a", "b"]
     assert raw.parts is None
     assert raw.notes[-1] == (
         "x.part1.inter, x.part2.inter are put together: they are not called train, valid and test"

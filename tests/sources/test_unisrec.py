@@ -76,8 +76,8 @@ def test_a_user_without_targets_has_the_longest_training_row(tmp_path, descendin
     for part, rows in (("valid", [(1, [3], 2)]), ("test", [(1, [3, 2], 1)])):
         write_inter(tmp_path / "x" / f"X.{part}.inter", rows)
     raw = unisrec.read(tmp_path / "x", None)
-    assert raw.users == ["user0"] * 4 + ["user1"] * 3
-    assert raw.items == [f"key{i}" for i in (0, 1, 2, 3, 3, 2, 1)]
+    assert [*raw.users] == ["user0"] * 4 + ["user1"] * 3
+    assert [*raw.items] == [f"key{i}" for i in (0, 1, 2, 3, 3, 2, 1)]
 
 
 def test_features_that_come_with_the_data(tmp_path):
