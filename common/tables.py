@@ -108,6 +108,16 @@ class Raw:
     picture_hosts: tuple = None # hosts that pictures may be fetched from; None = any public one
     extra: dict = field(default_factory=dict)    # file name -> {array name: array}, saved as .npz
 
+    def __post_init__(self):
+        """Lists will do for columns."""
+        for name in ("users", "items", "variants"):
+            column = getattr(self, name)
+            if column is not None and not isinstance(column, Keys):
+                setattr(self, name, Keys(column))
+        self.times = np.asarray(self.times)
+        if self.parts is not None:
+            self.parts = np.asarray(self.parts, np.int8)
+
 
 # ---------------- text
 

@@ -76,9 +76,9 @@ def write(folder, *lines):
 
 
 def raw_of(*events, **options):
-    """A Raw of (user, item, time) triples."""
-    users, items, times = zip(*events)
-    return Raw(Keys(users), Keys(items), np.array(times), **{"catalog": {}, **options})
+    """A Raw of (user, item, time) triples, as plain lists."""
+    users, items, times = map(list, zip(*events))
+    return Raw(users, items, times, **{"catalog": {}, **options})
 
 
 def keys_in(folder):
