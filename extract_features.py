@@ -24,15 +24,17 @@ a killed run continues.
 """
 import argparse
 import json
+import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
-from common.encoders import BUILT_IN, open_encoder
+from common.encoders import BUILT_IN, encode, open_encoder
 from common.features import (
     KEYS,
     about_features,
@@ -84,7 +86,7 @@ def features(dataset, modality, text=None, image=None, device=None, reads=None) 
                       f"are now {set_aside(path)}")
             if not path.is_file():
                 extract(dataset, modality, encoder, pick_device(device))
-    for note in read_json(path.with_suffix(".json")).get("notes", ()):
+    for note in about_features(path, keys_of(dataset), encoder).get("notes", ()):
         print(f"note: {note}", flush=True)
     vectors, index = read_features(path, dataset.n_items)
     dataset.set_has(modality, index.any(1).numpy())    # what the model is given
@@ -109,7 +111,7 @@ def full_name(encoder):
     Raises UserError for a file of another kind.
     """
     if is_vectors(encoder):
-        return str(Path(encoder).resolve())
+        return os.path.realpath(encoder)    # a link to itself is no error here
     if encoder and ":" not in str(encoder) and Path(encoder).is_file():
         raise UserError(
             f"{encoder} is no file of vectors: save them with numpy.save, as .npy, or as "
@@ -187,7 +189,8 @@ def extract(dataset, modality, encoder, device):
         model = open_encoder(modality, encoder, device, dataset.texts)
         about |= {"template": TEMPLATE[modality], **model.about}
         made_of = {"encoder": encoder, **about}
-        vectors, failures, cut = in_parts(parts, model.encode, inputs, PART[modality], made_of)
+        of_part = partial(encode, model, encoder)
+        vectors, failures, cut = in_parts(parts, of_part, inputs, PART[modality], made_of)
         notes = what_failed(dataset, encoder, vectors, failures)
         about |= {"failures": failures, "texts_cut": cut, "notes": notes}
     index = np.zeros((len(which), max(1, *map(len, which))), np.int64)    # (N, S)

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 
+from .files import SURROGATE
 from .interactions import ITEMS, find, plain_name
 from .tables import (
     MISSING,
@@ -44,7 +45,6 @@ IMAGES = (
     "poster", "posterurl", "cover", "coverurl", "imageurlhighres",
 )
 ALL_READ = {*sum(TEXTS, ()), *IMAGES}    # of the other names the first that has a text is read
-SURROGATE = re.compile("[\ud800-\udfff]")
 SEVERAL = re.compile(r"\s*[|;]\s*|[,\s]+(?=https?://)")    # between the pictures in one cell
 
 

@@ -187,7 +187,7 @@ def each_row(path, columns, take, optional=(), form=CSV, advice=None, most_bad=M
             raise UserError(f"{path} has two columns {twice[0]}: give one of them another name")
         places = [header.index(name) for name in columns]
         places += [header.index(name) if name in header else -1 for name in optional]
-        cells = itemgetter(*places)
+        cells = itemgetter(*places, -1)    # of two places or more: a tuple
         for number, row in lines:
             if len(row) < len(header):
                 yield number, Defect("columns_missing"), row
@@ -195,7 +195,7 @@ def each_row(path, columns, take, optional=(), form=CSV, advice=None, most_bad=M
                 yield number, Defect("more_columns_than_the_header"), row
             else:
                 row.append("")    # what place -1, an optional column that is not there, reads
-                yield number, cells(row), row[:-1]
+                yield number, cells(row)[:-1], row[:-1]
 
     return count_lines(path, rows(), lambda row: take(*row), advice, most_bad)
 

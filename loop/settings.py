@@ -16,7 +16,7 @@ from torch import nn
 
 import extract_features
 from common.features import KEYS
-from common.files import UserError
+from common.files import UserError, has_form
 
 FOLDER = Path(__file__).resolve().parents[1] / "models"
 MODELS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
@@ -262,6 +262,19 @@ def boolean(text):
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1", "yes")
+
+
+def wrong_values(config, values) -> list:
+    """Names among those of some values of a Config whose value is of another type."""
+    hints = get_type_hints(config)
+    return [
+        name for name, value in values.items()
+        if name in hints and not fits_hint(value, hints[name])
+    ]
+
+
+def fits_hint(value, hint) -> bool:
+    return value in get_args(hint) if get_origin(hint) is Literal else has_form(value, hint)
 
 
 def configure(module, args, data_name, source=""):
