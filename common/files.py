@@ -45,9 +45,20 @@ def command(main):
     except (UserError, OSError) as error:    # OSError: a full disk, a read-only folder
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: there is not enough memory ({first_line(error)}): a smaller --batch_size, "
+              f"--dim or --max_len needs less", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is on disk", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 # ---------------- writing and reading
