@@ -54,7 +54,8 @@ def write_features(folder, modality, encoder, vectors, index, keys, about):
         **about,
     })
     # written last, so that its presence implies the json's
-    write_tensors(path, {"vectors": torch.from_numpy(vectors), "index": torch.from_numpy(padded)})
+    tensors = {"vectors": torch.from_numpy(vectors), "index": torch.from_numpy(padded)}
+    write_tensors(path, tensors, {"file": path.name})
 
 
 def about_features(path, keys, encoder) -> dict:
@@ -70,7 +71,7 @@ def about_features(path, keys, encoder) -> dict:
 
 def read_features(path, n_items):
     """(vectors (V+1, D), index (N+1, S)) of a feature file. Raises UserError for a damaged one."""
-    tensors, _ = load_tensors(path)
+    tensors, about = load_tensors(path)
     vectors = tensors.get("vectors")
     index = tensors.get("index")
     fits = (
@@ -81,6 +82,8 @@ def read_features(path, n_items):
         and index.shape[0] == n_items + 1
         and index.shape[1] > 0
         and 0 <= index.min() <= index.max() < len(vectors)
+        and isinstance(about, dict)
+        and about.get("file", path.name) == path.name    # and no other encoder's
     )
     if not fits:
         raise UserError(

@@ -93,6 +93,11 @@ def sentences(*parts, limit=2000) -> list:
     return list(dict.fromkeys(text for text in cleaned if text))
 
 
+def whole_number(text):
+    """The number that a text of at most 18 digits is; None for any other text."""
+    return int(text) if text.isdecimal() and len(text) < 19 else None
+
+
 # ---------------- files
 
 class Defect(str):

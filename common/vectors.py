@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import UserError, first_line, load_tensors, read_text, sha256
+from .tables import whole_number
 
 ENDS = (".npy", ".safetensors")
 MOST = .9    # share of different numbers in a column of ids; fewer are a feature's
@@ -125,7 +126,8 @@ def column_of_ids(path, rows, keys) -> tuple:
             f"{path} has a first column of large whole numbers, as ids are, which {rows.dtype} "
             f"cannot hold: save it as float64, or write the ids into {ids_beside(path).name}"
         )
-    by_number = {int(key): key for key in keys if key.isdecimal()}    # 0012 is 12 here
+    by_number = {whole_number(key): key for key in keys}    # 0012 is 12 here
+    by_number.pop(None, None)
     ids = [by_number.get(int(number), f"{number:.0f}") for number in first.tolist()]
     if not set(ids) & set(by_number.values()):
         return rows, None, [f"the first column of {path.name} has whole numbers that are no items' "

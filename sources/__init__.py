@@ -38,6 +38,7 @@ from common.files import (
     alone_in,
     arrays_sha256,
     atomic,
+    has_form,
     keys_sha256,
     read_json,
     set_aside,
@@ -77,6 +78,7 @@ ABOUT = {     # what source.json holds, as has_form takes it
     "published": (PUBLISHED, {str: ()}),
     "counts": [{"step": str, "users": int, "items": int, "interactions": int}],
 }
+SINCE = {"code": "", "pictures_in": 0, "described": 0, "notes": []}    # older folders lack these
 NAMES = [name for source in SOURCES for name in getattr(source, "NAMES", ())]
 BY = sorted({by for source in SOURCES for by in getattr(source, "BY", ())})
 
@@ -133,7 +135,9 @@ def read_about(folder, advice=AGAIN) -> dict:
     """source.json of a processed folder. Raises UserError, which ends with the advice."""
     path = folder / "source.json"
     about = read_json(path, dict, advice)
-    return about if about.get("format") != FORMAT else read_json(path, ABOUT, advice)
+    if about.get("format") == FORMAT and not has_form(SINCE | about, ABOUT):
+        raise UserError(f"{path} holds something else than it should: {advice}")
+    return about
 
 
 @dataclass

@@ -124,7 +124,6 @@ COMMANDS = [
     "evaluate.py runs/pop-shop-0 shop",
     "recommend.py shop --user u1",
     "recommend.py runs/pop-shop-0 --history i1 --items shop/items.jsonl",
-    "train.py --model sasrec --data shop --dim 65 --heads 2",
 ]
 NOT_HERE = {"--compile cannot be used here"}    # tests/loop/test_train.py takes the compiler away
 
