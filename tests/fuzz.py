@@ -868,6 +868,8 @@ def outcome_of(made, folder) -> tuple:
                 sentences = [line for line in said.splitlines() if line.startswith("error: ")]
                 one = len(sentences) == 1 and said.endswith(sentences[0])
                 outcome = "refused" if code == 2 and one else "traceback"
+                if "there is not enough memory" in said:
+                    outcome = "memory"
                 return outcome, said or f"exit code {code}"
     except Hang:
         return "hang", traceback.format_exc()
