@@ -11,6 +11,7 @@ Progress knows the epoch's validation. The log is cut back to it, and `train_sta
 """
 import dataclasses
 import json
+import os
 import random
 import shutil
 from contextlib import contextmanager
@@ -471,6 +472,19 @@ def where_data_is(folder, settings):
     )
 
 
+def refuse_own_code(folder, name):
+    """Raises UserError for a run of a model file that may have come with it: train.py keeps the
+    whole path of a file that lay on this machine in training."""
+    if not name.endswith(".py"):
+        return
+    inside = Path(os.path.realpath(folder)) in Path(os.path.realpath(name)).parents
+    if inside or not Path(name).is_absolute():
+        raise UserError(
+            f"{folder} names the model file {name}, which came with it and is not run: if you "
+            f"trust it, put it elsewhere and write its whole path into config.json"
+        )
+
+
 @dataclass
 class Features:
     """The encoders that a run was made with, as build_catalog reads them from the command line."""
@@ -513,6 +527,7 @@ def open_run(folder, device=None, where=None) -> Run:
     settings = {**SINCE, **read_json(folder / "config.json", dict, "train the run again")}
     if not has_form(settings, SETTINGS) or settings["split"] not in SPLITS:
         raise UserError(f"{folder} has a config.json of no run: train it again")
+    refuse_own_code(folder, settings["model_file"])
     module = load_model_file(settings["model_file"])
     device = pick_device(device)
     where = where or where_data_is(folder, settings)
