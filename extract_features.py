@@ -44,9 +44,11 @@ from common.features import (
     write_features,
 )
 from common.files import (
+    AGAIN,
     UserError,
     alone_in,
     command,
+    has_form,
     keys_sha256,
     load_tensors,
     pick_device,
@@ -252,14 +254,25 @@ def in_parts(folder, encode, inputs, size, made_of):
             if not part.is_file():
                 vectors, *notes = encode([inputs[i] for i in order[first:first + size]])
                 save_tensors(part, {"vectors": torch.from_numpy(vectors)}, notes)
-            tensors, (failed, shortened) = load_tensors(part)
-            rows.append(tensors["vectors"].numpy())
+            vectors, (failed, shortened) = read_part(part, len(inputs[first:first + size]))
+            rows.append(vectors)
             failures |= failed
             cut += shortened
             bar.update(len(rows[-1]))
     vectors = np.empty((len(inputs), rows[0].shape[1]), np.float32)
     vectors[order] = np.concatenate(rows)
     return vectors, failures, cut
+
+
+def read_part(path, number) -> tuple:
+    """(vectors (number, D), [failures, how many texts were cut]) of a part. Raises UserError."""
+    tensors, notes = load_tensors(path)
+    vectors = tensors.get("vectors", torch.zeros(0))
+    fits = vectors.dim() == 2 and len(vectors) == number and vectors.dtype == torch.float32
+    fits = fits and isinstance(notes, list) and len(notes) == 2
+    if not (fits and has_form(notes[0], {str: str}) and has_form(notes[1], int)):
+        raise UserError(f"{path} is no part of the features that are made: {AGAIN}")
+    return vectors.numpy(), notes
 
 
 # ---------------- the command line

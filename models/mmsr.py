@@ -508,6 +508,7 @@ class Cached:
         try:
             hidden = np.load(path, mmap_mode="c", allow_pickle=False)
             fits = hidden.dtype == dtype and hidden.ndim == 2 and hidden.shape[1] == width
+            fits = fits and len(hidden) >= len(bottom)
             if fits and sum(lengths_of(bottom, len(hidden), len(bottom))) == len(hidden):
                 return hidden
         except Exception:    # cut off, or no .npy at all: its reader may raise anything
