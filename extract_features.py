@@ -88,7 +88,7 @@ def features(dataset, modality, text=None, image=None, device=None, reads=None) 
                       f"are now {set_aside(path)}")
             if not path.is_file():
                 extract(dataset, modality, encoder, pick_device(device))
-    for note in about_features(path, keys_of(dataset), encoder).get("notes", ()):
+    for note in about_features(path, keys_of(dataset), encoder)["notes"]:
         print(f"note: {note}", flush=True)
     vectors, index = read_features(path, dataset.n_items)
     dataset.set_has(modality, index.any(1).numpy())    # what the model is given
@@ -129,7 +129,7 @@ def inputs_changed(dataset, modality, encoder) -> bool:
     if is_vectors(encoder):    # features without their file still serve
         return Path(encoder).is_file() and about["inputs_sha256"] != digest_of(encoder)
     _, inputs = inputs_of(dataset, modality)
-    if not inputs or about.get("inputs_sha256") is None:
+    if not inputs or about["inputs_sha256"] is None:
         return False
     return about["inputs_sha256"] != fingerprint(inputs, modality)
 

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .files import UserError, keys_sha256, load_tensors, read_json, write_json, write_tensors
+from .files import (
+    UserError,
+    has_form,
+    keys_sha256,
+    load_tensors,
+    read_json,
+    write_json,
+    write_tensors,
+)
 
 LONGEST = 120    # characters of an encoder's name in a file's name
 KEYS = {    # modality -> the catalog keys that its feature file gives
@@ -60,7 +68,11 @@ def write_features(folder, modality, encoder, vectors, index, keys, about):
 
 def about_features(path, keys, encoder) -> dict:
     """The json of a feature file. Raises UserError where it belongs to other items or encoders."""
-    about = read_json(path.with_suffix(".json"), dict)
+    advice = f"remove {path}, then both are made again"
+    about = read_json(path.with_suffix(".json"), dict, advice)
+    about = {"notes": [], "inputs_sha256": None} | about
+    if not has_form(about["notes"], [str]):
+        raise UserError(f"{path.with_suffix('.json')} has notes that are no sentences: {advice}")
     if (about.get("items_sha256"), about.get("encoder")) != (keys_sha256(keys), encoder):
         raise UserError(
             f"{path} was made for other items, for another order of them, or by another encoder: "

@@ -192,8 +192,12 @@ def test_features_of_another_encoder_or_form_are_told(place):
         save_tensors(text, tensors | change, {"file": text.name})
         assert "is no feature file of 30 items" in said(place, COSINE)
     text.write_bytes(kept)
+    changed(text.with_suffix(".json"), "notes", value=[5])
+    assert "has notes that are no sentences" in said(place, COSINE)
     text.with_suffix(".json").write_text('"x"')
-    assert "text-hash.json holds something else" in said(place, COSINE)
+    assert f"remove {text.relative_to(place)}, then both are" in said(place, COSINE)
+    text.unlink()
+    run(*COSINE, cwd=place)
 
 
 def test_a_part_of_features_of_another_form_is_told(place):
