@@ -175,9 +175,12 @@ def test_sequences_that_are_not_those_of_the_preparation_are_told(place):
     arrays = dict(np.load(path))
     np.savez_compressed(path, **arrays)    # a few kB that may become gigabytes
     assert "it is compressed" in said(place, COSINE)
-    arrays["items"][[0, 1]] = arrays["items"][[1, 0]] + 1
-    np.savez(path, **arrays)
-    assert "sequences.npz was changed after the data was prepared" in said(place, COSINE)
+    for items in (np.roll(arrays["items"], 1), arrays["items"].astype(str), arrays["items"][:0]):
+        np.savez(path, **arrays | {"items": items})
+        assert "sequences.npz was changed after the data was prepared" in said(place, COSINE)
+    np.savez(path, items=arrays["items"], times=arrays["times"][:, None],
+             offsets=arrays["offsets"])    # the same bytes
+    assert "do not belong together" in said(place, COSINE)
 
 
 def test_features_of_another_encoder_or_form_are_told(place):
