@@ -21,13 +21,21 @@ import numpy as np
 import torch
 
 from common.features import feature_path, items_with_features
-from common.files import UserError, command, keys_sha256, read_json
+from common.files import (
+    UserError,
+    arrays_sha256,
+    command,
+    keys_sha256,
+    load_arrays,
+    refuse_endless,
+)
 from common.splits import SPLITS, in_order_of_parts
 from common.web import Rules, fetch_pictures, fetched_pictures
-from sources import BY, NAMES, prepare
+from sources import BY, NAMES, prepare, read_about
 from sources.notes import notes_of_pictures, notes_of_vectors
 
 COLD = 10      # an item with fewer training occurrences is cold
+ARRAYS = ("items", "offsets", "times")    # of sequences.npz
 WINDOW = 32    # rows are shuffled, then sorted by length inside windows of so many batches
 
 
@@ -115,13 +123,18 @@ class Data:
         """Rows of items.jsonl; items[0] stands for the padding id."""
         path = self.folder / "items.jsonl"
         padding = {"key": "", "title": "", "text": [], "language": "", "images": []}
-        with open(path, encoding="utf-8") as file:
-            rows = [padding, *map(json.loads, file)]
-        keys = [row["key"] for row in rows[1:]]
+        try:
+            refuse_endless(path)
+            with open(path, encoding="utf-8") as file:
+                rows = [padding, *map(json.loads, file)]
+            check_rows(rows)
+            keys = [row["key"] for row in rows[1:]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            keys = []
         if len(keys) != self.n_items or keys_sha256(keys) != self.about["items_sha256"]:
             raise UserError(
                 f"{path} was changed after the data was prepared: remove the folder {self.folder} "
-                f"and run the same command again"
+                f"and prepare the data again"
             )
         return rows
 
@@ -254,6 +267,16 @@ class Data:
         return self.evaluated[key]
 
 
+def check_rows(rows):
+    """Raises TypeError, KeyError or ValueError for a row that sources.write_items has not written.
+    """
+    for row in rows:
+        if not type(row["text"]) is type(row["images"]) is list:
+            raise TypeError("no list")
+        texts = (row["key"], row["title"], row["language"], *row["text"], *row["images"])
+        "".join(texts).encode()    # nothing but texts, and no half letter
+
+
 def counters(lengths):
     """[2, 3] -> [0, 1, 0, 1, 2]"""
     starts = np.cumsum(lengths) - lengths
@@ -372,25 +395,34 @@ def load(
     if not 0 < train_share <= 1:
         raise UserError(f"--train_share {train_share} must be above 0 and at most 1")
     folder = prepare(where, root, core, mirror, by)
-    about = read_json(folder / "source.json")
+    advice = f"remove the folder {folder} and prepare the data again"
+    about = read_about(folder, advice)
     path = folder / "sequences.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            flat = file["items"].astype(np.int64)
-            offsets = file["offsets"].astype(np.int64)
-            times = file["times"].astype(np.int64)
-            parts = file.get("parts")
-        with open(folder / "items.jsonl", "rb") as file:
-            n_items = sum(1 for _ in file)
-        assert len(flat) == len(times) == offsets[-1] > 0
-        assert offsets[0] == 0 and (np.diff(offsets) > 0).all()
-        assert flat.min() >= 1 and flat.max() <= n_items
-    except Exception as error:    # a truncated or foreign .npz can raise almost anything
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__} {error}): remove the folder {folder} "
-            f"and run the same command again"
-        ) from None
+    arrays = load_arrays(path, advice)
+    if arrays_sha256(arrays.values()) != about["sequences_sha256"]:
+        raise UserError(f"{path} was changed after the data was prepared: {advice}")
+    n_items = lines_in(folder / "items.jsonl", advice)
+    fits = set(ARRAYS) <= set(arrays)
+    fits = fits and all(a.ndim == 1 and a.dtype.kind in "iu" for a in arrays.values())
+    if fits:
+        flat, offsets, times = (arrays[name].astype(np.int64) for name in ARRAYS)
+        parts = arrays.get("parts")
+        fits = len(flat) == len(times) == len(flat if parts is None else parts) > 0
+        fits = fits and len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(flat)
+        fits = fits and (np.diff(offsets) > 0).all() and 1 <= flat.min() <= flat.max() <= n_items
+    if not fits:
+        raise UserError(f"{path} and items.jsonl beside it do not belong together: {advice}")
     return Data(folder, about, flat, offsets, times, n_items, split, train_share, cut, parts)
+
+
+def lines_in(path, advice) -> int:
+    """How many lines a file has. Raises UserError."""
+    try:
+        refuse_endless(path)
+        with open(path, "rb") as file:
+            return sum(1 for _ in file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
 
 
 def add_arguments(parser, name="--data"):

@@ -9,6 +9,7 @@ where the items of the user's own history are left out of the ranking (the targe
 """
 import argparse
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from common.progress import Bar
 from common.statistics import paired  # noqa: F401, for whoever compares ranks
 from data import COLD
 from loop import comparison, report
-from loop.runs import open_run
+from loop.runs import TESTED, open_run, read_metrics
 from sources import demo
 
 KS = (5, 10, 20, 50)
@@ -308,7 +309,7 @@ def main():
     if args.against:
         if len(folders) > 1:
             raise UserError("--against compares one run with another: give one before it")
-        if folders[0].resolve() == args.against.resolve():
+        if os.path.realpath(folders[0]) == os.path.realpath(args.against):
             raise UserError(f"--against {args.against} is the run itself: give another")
         page_of_two(folders[0], args.against, args)
         return
@@ -342,6 +343,7 @@ def page_of_two(folder, other, args):
     """Write a page beside a run: its difference to another, and users where they differ most."""
     rows = comparison.rows_of([folder, other])
     pair = [run for runs in rows.values() for run in runs]
+    results = [read_metrics(path, TESTED, "train it again") for path in (folder, other)]
     difference = comparison.difference(pair[:1], pair[1:])
     ranks = [run.ranks for run in pair]
     gap = np.log2(ranks[1] + 1.) - np.log2(ranks[0] + 1.)    # how many times better the first is
@@ -370,7 +372,7 @@ def page_of_two(folder, other, args):
     }
     path = folder / f"against-{names[1].replace('/', '-')}.html"
     report.write_comparison(
-        path, names, opened.dataset, [run.metrics for run in pair], difference, users
+        path, names, opened.dataset, results, difference, users
     )
     print(f"NDCG@10 of {names[0]} minus {names[1]}: {difference['difference']:+.4f}, 95 % interval "
           f"{difference['low']:+.4f} to {difference['high']:+.4f}, p {difference['p']:.4f}; the "

@@ -24,15 +24,17 @@ a killed run continues.
 """
 import argparse
 import json
+import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
-from common.encoders import BUILT_IN, open_encoder
+from common.encoders import BUILT_IN, encode, open_encoder
 from common.features import (
     KEYS,
     about_features,
@@ -42,9 +44,11 @@ from common.features import (
     write_features,
 )
 from common.files import (
+    AGAIN,
     UserError,
     alone_in,
     command,
+    has_form,
     keys_sha256,
     load_tensors,
     pick_device,
@@ -84,7 +88,7 @@ def features(dataset, modality, text=None, image=None, device=None, reads=None) 
                       f"are now {set_aside(path)}")
             if not path.is_file():
                 extract(dataset, modality, encoder, pick_device(device))
-    for note in read_json(path.with_suffix(".json")).get("notes", ()):
+    for note in about_features(path, keys_of(dataset), encoder)["notes"]:
         print(f"note: {note}", flush=True)
     vectors, index = read_features(path, dataset.n_items)
     dataset.set_has(modality, index.any(1).numpy())    # what the model is given
@@ -109,7 +113,7 @@ def full_name(encoder):
     Raises UserError for a file of another kind.
     """
     if is_vectors(encoder):
-        return str(Path(encoder).resolve())
+        return os.path.realpath(encoder)    # a link to itself is no error here
     if encoder and ":" not in str(encoder) and Path(encoder).is_file():
         raise UserError(
             f"{encoder} is no file of vectors: save them with numpy.save, as .npy, or as "
@@ -125,7 +129,7 @@ def inputs_changed(dataset, modality, encoder) -> bool:
     if is_vectors(encoder):    # features without their file still serve
         return Path(encoder).is_file() and about["inputs_sha256"] != digest_of(encoder)
     _, inputs = inputs_of(dataset, modality)
-    if not inputs or about.get("inputs_sha256") is None:
+    if not inputs or about["inputs_sha256"] is None:
         return False
     return about["inputs_sha256"] != fingerprint(inputs, modality)
 
@@ -187,7 +191,8 @@ def extract(dataset, modality, encoder, device):
         model = open_encoder(modality, encoder, device, dataset.texts)
         about |= {"template": TEMPLATE[modality], **model.about}
         made_of = {"encoder": encoder, **about}
-        vectors, failures, cut = in_parts(parts, model.encode, inputs, PART[modality], made_of)
+        of_part = partial(encode, model, encoder)
+        vectors, failures, cut = in_parts(parts, of_part, inputs, PART[modality], made_of)
         notes = what_failed(dataset, encoder, vectors, failures)
         about |= {"failures": failures, "texts_cut": cut, "notes": notes}
     index = np.zeros((len(which), max(1, *map(len, which))), np.int64)    # (N, S)
@@ -249,14 +254,25 @@ def in_parts(folder, encode, inputs, size, made_of):
             if not part.is_file():
                 vectors, *notes = encode([inputs[i] for i in order[first:first + size]])
                 save_tensors(part, {"vectors": torch.from_numpy(vectors)}, notes)
-            tensors, (failed, shortened) = load_tensors(part)
-            rows.append(tensors["vectors"].numpy())
+            vectors, (failed, shortened) = read_part(part, len(inputs[first:first + size]))
+            rows.append(vectors)
             failures |= failed
             cut += shortened
             bar.update(len(rows[-1]))
     vectors = np.empty((len(inputs), rows[0].shape[1]), np.float32)
     vectors[order] = np.concatenate(rows)
     return vectors, failures, cut
+
+
+def read_part(path, number) -> tuple:
+    """(vectors (number, D), [failures, how many texts were cut]) of a part. Raises UserError."""
+    tensors, notes = load_tensors(path)
+    vectors = tensors.get("vectors", torch.zeros(0))
+    fits = vectors.dim() == 2 and len(vectors) == number and vectors.dtype == torch.float32
+    fits = fits and isinstance(notes, list) and len(notes) == 2
+    if not (fits and has_form(notes[0], {str: str}) and has_form(notes[1], int)):
+        raise UserError(f"{path} is no part of the features that are made: {AGAIN}")
+    return vectors.numpy(), notes
 
 
 # ---------------- the command line

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from common.features import KEYS
-from common.files import UserError, atomic, command, save_tensors, set_aside, write_json
+from common.files import UserError, atomic, command, read_text, save_tensors, set_aside, write_json
 from common.progress import Bar
 from data import Rows
 from evaluate import chunk_size, in_chunks, ranking, rows_in
@@ -100,10 +100,7 @@ def rows_of_history(history, max_len, device):
 def keys_of_users(dataset) -> list:
     """The users' keys in the order of their numbers. Raises UserError."""
     path = dataset.folder / "users.txt"
-    try:
-        keys = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): prepare the data again") from None
+    keys = read_text(path, "prepare the data again").splitlines()
     if len(keys) != dataset.n_users:
         raise UserError(
             f"{path} has {len(keys)} keys for {dataset.n_users} users: prepare the data again"

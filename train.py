@@ -16,13 +16,14 @@ import torch
 import data
 import evaluate
 from common.files import (
+    AGAIN,
     UserError,
     atomic,
     command,
+    first_line,
     load_tensors,
     pick_device,
     precision,
-    read_json,
     save_tensors,
     write_json,
 )
@@ -170,7 +171,8 @@ def run_seed(job, stages, weights, seed) -> dict:
     with runs.run_folder(folder, wanted, resume):
         if resume and (folder / "metrics.json").is_file():
             print(f"{folder} is finished")
-            result = read_json(folder / "metrics.json")
+            form = runs.TESTED if job.dataset.is_tested else runs.TRAINED
+            result = runs.read_metrics(folder, form, AGAIN)
         else:
             result = train_and_test(job, stages, weights, seed, folder)
     epochs = f"{result['epochs']} epochs on everything, nothing is tested"
@@ -237,7 +239,7 @@ def train(job, stages, weights, seed, folder):
     for stage in stages:
         path = folder / stage.weights
         if saved and saved.has_finished(stage.name):
-            weights = load_tensors(path)[0]
+            weights = load_tensors(path, "leave --resume out, then the run begins anew")[0]
             continue
         model = None    # the last stage's model makes room first
         model = runs.build(stage.model, job.cfg, stage.catalog, job.device, seed)
@@ -336,10 +338,9 @@ def compiled(forward):
             makers = ("torch._dynamo", "torch._inductor", "triton")
             if not type(error).__module__.startswith(makers):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"--compile cannot be used here ({reason}): it needs a C++ compiler, and Triton on "
-                f"a GPU; leave it out"
+                f"--compile cannot be used here ({first_line(error)}): it needs a C++ compiler, "
+                f"and Triton on a GPU; leave it out"
             ) from None
     return call
 

@@ -26,7 +26,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .files import UserError, load_tensors, precision, read_json, sha256
+from .files import (
+    UserError,
+    first_line,
+    load_tensors,
+    precision,
+    read_json,
+    sha256,
+)
 from .pictures import BadPicture, frames
 
 BUILT_IN = {"text": "hash", "image": "pixels"}
@@ -54,7 +61,28 @@ def open_encoder(modality, name, device, texts=()):
         kind = OpenClipText if modality == "text" else OpenClipPictures
     else:
         kind = TextModel if modality == "text" else VisionModel
-    return kind(name, device)
+    with whatever_it_raises(name):
+        return kind(name, device)
+
+
+def encode(encoder, name, inputs):
+    """encoder.encode(inputs), for an encoder of strangers. Raises UserError."""
+    with whatever_it_raises(name):
+        return encoder.encode(inputs)
+
+
+@contextmanager
+def whatever_it_raises(name):
+    """Files of strangers make the libraries that read them raise anything: a UserError instead."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the encoder {name} cannot be used ({reason_of(error)}): give another, or a complete "
+            f"copy of it"
+        ) from None
 
 
 # ---------------- texts
@@ -173,7 +201,7 @@ def most_positions(model):
 
 def sentence_bert_modules(name) -> dict:
     """{folder: kind} of a model's modules, in their order. Raises UserError for unknown kinds."""
-    listed = companion(name, "modules.json") or []
+    listed = companion(name, "modules.json", [{"path": str, "type": str}]) or []
     modules = {module["path"]: module["type"].rpartition(".")[2] for module in listed}
     strange = set(modules.values()) - {"Transformer", "Pooling", "Dense", "Normalize"}
     if strange:
@@ -248,7 +276,7 @@ def dense(name, path, settings, vectors):
     weights = companion_file(name, f"{path}/model.safetensors")
     if weights is None:
         raise UserError(f"{name} lacks the weights {path}/model.safetensors: give a complete model")
-    tensors, _ = load_tensors(weights)
+    tensors, _ = load_tensors(weights, "give a complete model")
     kind = activation_of(name, settings.get("activation_function", "torch.nn.Tanh"))
     try:
         linear = torch.nn.Linear(
@@ -499,6 +527,83 @@ def normalized(x):
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+# ---------------- what a model of strangers may ask for
+
+MOST = {    # the largest number that a config may have under a name that ends so
+    "layers": 1000,
+    "depth": 1000,
+    "depths": 1000,
+    "num_labels": 10 ** 6,
+    "image_size": 10 ** 4,
+    "height": 10 ** 4,
+    "shortest_edge": 10 ** 4,
+}
+
+
+def refuse_absurd(name):
+    """Raises UserError for a Hugging Face model that asks for more than its files hold, before any
+    of it takes memory."""
+    import transformers
+    if Path(name).is_dir():
+        refuse_links(Path(name))
+    for file in ("config.json", "preprocessor_config.json"):
+        refuse_numbers(name, companion(name, file))
+    config = hugging_face_part("AutoConfig", name)
+    with whatever_it_raises(name), torch.device("meta"):    # shapes alone
+        model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    names = ("model.safetensors", "pytorch_model.bin")
+    refuse_size(name, model, filter(None, (companion_file(name, file) for file in names)))
+
+
+def refuse_links(folder):
+    """Raises UserError for a link that leads out of a model's folder, and for a pipe or a device.
+
+    The Hugging Face cache has its files as links into a folder `blobs`.
+    """
+    places = [Path(os.path.realpath(folder))]
+    if folder.resolve().parent.name == "snapshots":
+        places.append(folder.resolve().parents[1] / "blobs")
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        real = Path(os.path.realpath(path))
+        if not any(place in (real, *real.parents) for place in places):
+            raise UserError(
+                f"{path} is a link to {real}, outside of the model's folder: put the file itself "
+                f"there"
+            )
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is neither a file nor a folder: give a complete model")
+
+
+def refuse_numbers(name, config):
+    """Raises UserError for a config with a number of layers, labels or pixels that no model has."""
+    for key, number in numbers_in(config):
+        most = next((MOST[end] for end in MOST if key.endswith(end)), None)
+        if most is not None and not 0 <= number <= most:
+            raise UserError(f"{name} has {key} {number} in its config, which no model has: give "
+                            f"another encoder")
+
+
+def numbers_in(value, key=""):
+    """Yield (its key, the number) of every whole number in a JSON value."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from numbers_in(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from numbers_in(part, key)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield key, value
+
+
+def refuse_size(name, model, files):
+    """Raises UserError where a model has more weights than its files, if it has any, have bytes."""
+    held = sum(Path(file).stat().st_size for file in files)
+    weights = sum(weight.numel() for weight in model.parameters())
+    if 0 < held < weights:
+        raise UserError(f"{name} asks for {weights} weights, and its files hold {held} bytes: give "
+                        f"a complete model")
+
+
 # ---------------- loading models
 
 def hugging_face(name, device):
@@ -507,6 +612,7 @@ def hugging_face(name, device):
     Raises UserError where it lacks weights.
     """
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"    # no service is asked to convert a .bin
+    refuse_absurd(name)
     model, info = hugging_face_part(
         "AutoModel", name, dtype=torch.float32, weights_only=True, output_loading_info=True
     )
@@ -538,10 +644,11 @@ def hugging_face_part(kind, name, **options):
         ) from None
 
 
-def companion(name, file):
-    """A json file that lies beside a Hugging Face model; None where there is none."""
+def companion(name, file, form=dict):
+    """A json file that lies beside a Hugging Face model; None where there is none. form: what it
+    must be, as has_form takes it. Raises UserError."""
     path = companion_file(name, file)
-    return None if path is None else read_json(path)
+    return None if path is None else read_json(path, form, "give a complete model")
 
 
 def companion_file(name, file):
@@ -563,6 +670,8 @@ def open_clip_model(name, device):
     name: `architecture:tag`, `architecture:file`, `hf-hub:...` or `local-dir:...`
     """
     architecture, weights = open_clip_name(name)
+    if weights is None:
+        refuse_absurd_clip(name)
     with open_clip_for(name) as open_clip:
         model, prepare = open_clip.create_model_from_pretrained(
             architecture, weights, device=device, **preparation_of(architecture)
@@ -572,6 +681,21 @@ def open_clip_model(name, device):
         backend="pil", preparation=str(prepare),
     )
     return model.eval(), prepare, about
+
+
+def refuse_absurd_clip(name):
+    """`refuse_absurd` of `hf-hub:...` and `local-dir:...`."""
+    place = name.partition(":")[2]
+    files = []
+    if name.startswith("local-dir:"):
+        refuse_links(Path(place))
+        files = [*Path(place).glob("*.safetensors"), *Path(place).glob("*.bin")]
+    refuse_numbers(name, companion(place, "open_clip_config.json"))
+    with open_clip_for(name) as open_clip, torch.device("meta"):    # shapes alone
+        model = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, device="meta"
+        )
+    refuse_size(name, model, files)
 
 
 def open_clip_tokenizer(name):
@@ -623,8 +747,11 @@ def preparation_of(architecture) -> dict:
 def reason_of(error) -> str:
     if type(error).__name__ == "UnpicklingError":    # torch's message tells how to run the file
         return "its weights are damaged or hold more than tensors"
-    message = str(error).strip() or "no reason given"
-    return f"{type(error).__name__}: {message.splitlines()[0]}"
+    if "trust_remote_code" in str(error):    # the message tells how to run it
+        return "it needs code of its own, which is not run"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other sizes than its config says"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def about_model(name, model, *packages, folders=("",), **more) -> dict:

@@ -12,11 +12,18 @@ import re
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 import torch.nn.functional as F
 
-from .files import UserError, atomic, keys_sha256, load_tensors, read_json, write_json
+from .files import (
+    UserError,
+    has_form,
+    keys_sha256,
+    load_tensors,
+    read_json,
+    write_json,
+    write_tensors,
+)
 
 LONGEST = 120    # characters of an encoder's name in a file's name
 KEYS = {    # modality -> the catalog keys that its feature file gives
@@ -54,13 +61,18 @@ def write_features(folder, modality, encoder, vectors, index, keys, about):
         "shapes": {"vectors": list(vectors.shape), "index": list(padded.shape)},
         **about,
     })
-    with atomic(path, "wb") as file:    # written last, so that its presence implies the json's
-        file.write(safetensors.numpy.save({"vectors": vectors, "index": padded}))
+    # written last, so that its presence implies the json's
+    tensors = {"vectors": torch.from_numpy(vectors), "index": torch.from_numpy(padded)}
+    write_tensors(path, tensors, {"file": path.name})
 
 
 def about_features(path, keys, encoder) -> dict:
     """The json of a feature file. Raises UserError where it belongs to other items or encoders."""
-    about = read_json(path.with_suffix(".json"))
+    advice = f"remove {path}, then both are made again"
+    about = read_json(path.with_suffix(".json"), dict, advice)
+    about = {"notes": [], "inputs_sha256": None} | about
+    if not has_form(about["notes"], [str]):
+        raise UserError(f"{path.with_suffix('.json')} has notes that are no sentences: {advice}")
     if (about.get("items_sha256"), about.get("encoder")) != (keys_sha256(keys), encoder):
         raise UserError(
             f"{path} was made for other items, for another order of them, or by another encoder: "
@@ -71,14 +83,19 @@ def about_features(path, keys, encoder) -> dict:
 
 def read_features(path, n_items):
     """(vectors (V+1, D), index (N+1, S)) of a feature file. Raises UserError for a damaged one."""
-    tensors, _ = load_tensors(path)
+    tensors, about = load_tensors(path)
     vectors = tensors.get("vectors")
     index = tensors.get("index")
     fits = (
         vectors is not None
         and index is not None
-        and len(index) == n_items + 1
+        and (vectors.dtype, index.dtype) == (torch.float32, torch.int32)
+        and vectors.dim() == index.dim() == 2
+        and index.shape[0] == n_items + 1
+        and index.shape[1] > 0
         and 0 <= index.min() <= index.max() < len(vectors)
+        and isinstance(about, dict)
+        and about.get("file", path.name) == path.name    # and no other encoder's
     )
     if not fits:
         raise UserError(

@@ -6,11 +6,13 @@ one or the new one, never half of one. Nothing is pickled.
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -28,6 +30,11 @@ class UserError(ValueError):
     """Input that cannot be used. The message is one sentence: what, where, what to do."""
 
 
+def first_line(error) -> str:
+    """What an exception says, on one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def command(main):
     """Run a script's main(). A UserError becomes one line and exit code 2, never a traceback."""
     for stream in (sys.stdout, sys.stderr):    # a pipe or file on Windows cannot write every letter
@@ -38,9 +45,20 @@ def command(main):
     except (UserError, OSError) as error:    # OSError: a full disk, a read-only folder
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: there is not enough memory ({first_line(error)}): a smaller --batch_size, "
+              f"--dim or --max_len needs less", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is on disk", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 # ---------------- writing and reading
@@ -71,37 +89,114 @@ def write_json(path, value):
         file.write("\n")
 
 
-def read_json(path):
-    """The value in a JSON file. Raises UserError where it is missing or damaged."""
+AGAIN = "remove it and run the same command again"
+SURROGATE = re.compile("[\ud800-\udfff]")    # JSON may hold half a letter, which no file can
+
+
+def read_text(path, advice=AGAIN) -> str:
+    """A whole file in UTF-8. Raises UserError, which ends with the advice."""
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        refuse_endless(path)
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): remove it and run the same command again"
-        ) from None
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
+
+
+def refuse_endless(path):
+    """Raises OSError for a pipe or a device, which may have no end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError("it is no file")
+
+
+def read_json(path, form=object, advice=AGAIN):
+    """The value in a JSON file. form: what it must be, as `has_form` takes it.
+
+    Raises UserError, which ends with the advice, where the file is missing, damaged or of another
+    form.
+    """
+    text = read_text(path, advice)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
+    if not has_form(value, form):
+        raise UserError(f"{path} holds something else than it should: {advice}")
+    return value
+
+
+def has_form(value, form) -> bool:
+    """Whether a value has a form: a type; (form, form): one of them; [form]: a list of it;
+    {str: form}: a dict with such values; {"a": form, ...}: a dict with these keys and perhaps
+    others. An int is a float as well; a bool is neither; what 64 bits cannot hold is no int."""
+    if isinstance(form, tuple):
+        return any(has_form(value, one) for one in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(part, form[0]) for part in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in form:
+            return all(has_form(part, form[str]) for part in value.values())
+        return all(key in value and has_form(value[key], form[key]) for key in form)
+    if form in (int, float):
+        kinds = (int, float) if form is float else int
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        return is_number and (isinstance(value, float) or abs(value) < 2 ** 63)
+    if form is str:
+        return isinstance(value, str) and not SURROGATE.search(value)
+    return isinstance(value, form)
 
 
 def save_tensors(path, tensors, about=None):
     """Write tensors by name, whatever device they are on, and a small dict about them."""
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_tensors(path, copies, about)
+
+
+def write_tensors(path, tensors, about=None):
+    """`save_tensors` of tensors on the CPU that share no memory."""
+    about = about or {}
+    # one key: the order of several would not be the same each time
+    sealed = json.dumps({"about": about, "sha256": tensors_sha256(tensors, about)})
     with atomic(path, "wb") as file:
-        file.write(safetensors.torch.save(copies, {"about": json.dumps(about or {})}))
+        file.write(safetensors.torch.save(tensors, {"about": sealed}))
 
 
-def load_tensors(path):
-    """(tensors by name, the dict about them). Raises UserError where the file is damaged.
+def load_tensors(path, advice=AGAIN):
+    """(tensors by name, what was said about them).
 
     The tensors are copies: a file that is still mapped into memory cannot be replaced on Windows.
+    Raises UserError, which ends with the advice, where the file is damaged or, if save_tensors
+    wrote it, one bit is not as it was written.
     """
     try:
+        refuse_endless(path)
         with safetensors.safe_open(path, "pt") as file:
-            about = (file.metadata() or {}).get("about", "{}")
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
             names = file.keys()
-            return {name: file.get_tensor(name).clone() for name in names}, json.loads(about)
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+        if isinstance(about, dict) and "sha256" in about:    # older files and others' have none
+            digest = about["sha256"]
+            about = about["about"]
+            if digest != tensors_sha256(tensors, about):
+                raise ValueError("its numbers are not those that were written")
+        return tensors, about
     except Exception as error:    # the reader has types of its own for each kind of damage
-        raise UserError(
-            f"{path} cannot be read ({error}): remove it and run the same command again"
-        ) from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}): {advice}") from None
+
+
+def load_arrays(path, advice=AGAIN) -> dict:
+    """The arrays of an .npz file that numpy.savez wrote. Raises UserError, which ends with the
+    advice, where it is damaged, or compressed: then it may be far larger than it looks."""
+    try:
+        refuse_endless(path)
+        with np.load(path, allow_pickle=False) as file:
+            if any(member.compress_type for member in file.zip.infolist()):
+                raise ValueError("it is compressed")
+            return dict(file)
+    except Exception as error:    # a truncated or foreign file can raise almost anything
+        raise UserError(f"{path} cannot be read ({first_line(error)}): {advice}") from None
 
 
 def set_aside(path):
@@ -151,6 +246,27 @@ def sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensors_sha256(tensors, about) -> str:
+    """SHA-256 of tensors, their names, types and shapes, and what is said about them."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def arrays_sha256(arrays) -> str:
+    """SHA-256 of arrays in their order: what ties a run to the sequences that it was trained on."""
+    digest = hashlib.sha256()
+    for number, array in enumerate(arrays):
+        digest.update(b"\n" if number else b"")
+        flat = array.reshape(-1)
+        for first in range(0, len(flat), 1 << 17):    # in pieces, which need little memory
+            digest.update(flat[first:first + (1 << 17)].tobytes().hex().encode())
+    return digest.hexdigest()
+
+
 def keys_sha256(keys) -> str:
     """SHA-256 of strings in their order: what ties a feature file to the items of its catalog."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
@@ -176,9 +292,8 @@ def pick_device(name=None):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--device {name} cannot be used here ({reason}): try --device cpu"
+            f"--device {name} cannot be used here ({first_line(error)}): try --device cpu"
         ) from None
     if device.type == "cuda":
         # cuDNN's attention builds a graph for every new shape, and trimmed batches have many shapes
@@ -218,7 +333,7 @@ def lacks(device):
         torch.optim.Adam([weight], fused=True).step()
         weight.sum().item()
     except Exception as error:    # each operation that is missing has an error of its own
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 

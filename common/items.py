@@ -9,10 +9,12 @@ import re
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 
+from .files import SURROGATE, UserError
 from .interactions import ITEMS, find, plain_name
 from .tables import (
     MISSING,
     clean_text,
+    cut,
     each_object,
     each_row,
     first_of,
@@ -44,7 +46,6 @@ IMAGES = (
     "poster", "posterurl", "cover", "coverurl", "imageurlhighres",
 )
 ALL_READ = {*sum(TEXTS, ()), *IMAGES}    # of the other names the first that has a text is read
-SURROGATE = re.compile("[\ud800-\udfff]")
 SEVERAL = re.compile(r"\s*[|;]\s*|[,\s]+(?=https?://)")    # between the pictures in one cell
 
 
@@ -77,7 +78,13 @@ class Items:
             return each_object(path, self.take)
         form = form or form_of(path)
         header = header_of(path, form)
-        item = find(header, KEYS) or "item"
+        item = find(header, KEYS)
+        if item is None:
+            raise UserError(
+                f"{path} must begin with a line that names the column of the items' keys (it "
+                f"begins with {cut(', '.join(header))}): write a header such as item,title; "
+                f"docs/data.md has the names that are known"
+            )
         others = [name for name in header if name not in ("", item)]
 
         def take(key, *cells):

@@ -155,6 +155,11 @@ def sentences(*parts, limit=2000) -> list:
     return list(dict.fromkeys(text for text in cleaned if text))
 
 
+def whole_number(text):
+    """The number that a text of at most 18 digits is; None for any other text."""
+    return int(text) if text.isdecimal() and len(text) < 19 else None
+
+
 # ---------------- files
 
 class Defect(str):
@@ -249,7 +254,7 @@ def each_row(path, columns, take, optional=(), form=CSV, advice=None, most_bad=M
             raise UserError(f"{path} has two columns {twice[0]}: give one of them another name")
         places = [header.index(name) for name in columns]
         places += [header.index(name) if name in header else -1 for name in optional]
-        cells = itemgetter(*places)
+        cells = itemgetter(*places, -1)    # of two places or more: a tuple
         width = len(header)
         for number, row in lines:
             if len(row) < width:
@@ -258,7 +263,7 @@ def each_row(path, columns, take, optional=(), form=CSV, advice=None, most_bad=M
                 yield number, Defect("more_columns_than_the_header"), row
             else:
                 # "" is what place -1, an optional column that is not there, reads
-                yield number, cells([*row, ""]), row
+                yield number, cells([*row, ""])[:-1], row
 
     return count_lines(path, rows(), lambda row: take(*row), advice, most_bad)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import UserError, load_tensors, sha256
+from .files import UserError, first_line, load_tensors, read_text, sha256
+from .tables import whole_number
 
 ENDS = (".npy", ".safetensors")
 MOST = .9    # share of different numbers in a column of ids; fewer are a feature's
@@ -46,7 +47,7 @@ def read_vectors(path, keys, described=None) -> tuple:
     """
     path = Path(path)
     rows, ids = contents(path)
-    if rows.ndim != 2 or not rows.shape[1] or rows.dtype.kind not in "fiub":
+    if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "fiub":
         raise UserError(
             f"{path} holds {rows.dtype} numbers of shape {rows.shape}, and a row of numbers for "
             f"each item is wanted: (items, width)"
@@ -72,7 +73,9 @@ def contents(path) -> tuple:
     if not path.is_file():
         raise UserError(f"{path} is no file: give a file of vectors, .npy or .safetensors")
     beside = ids_beside(path)
-    ids = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else None
+    ids = None
+    if beside.is_file():
+        ids = read_text(beside, "save it as UTF-8, one id a line").splitlines()
     if path.suffix == ".npy":
         rows = array_in(path)
         if rows.dtype.names and len(rows.dtype.names) == 2:    # key and vector
@@ -80,7 +83,7 @@ def contents(path) -> tuple:
             ids = [as_text(value) for value in rows[key].tolist()]
             rows = rows[vector]
         return rows, ids
-    tensors, _ = load_tensors(path)
+    tensors, _ = load_tensors(path, "save it again, with safetensors")
     arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
     if len(arrays) == 1:
         return next(iter(arrays.values())), ids
@@ -98,8 +101,8 @@ def array_in(path):
         return np.load(path, allow_pickle=False)
     except Exception as error:    # cut, no .npy at all, or Python objects, which would run code
         raise UserError(
-            f"{path} cannot be read as an array of numbers ({str(error).splitlines()[0]}): save it "
-            f"with numpy.save, as numbers"
+            f"{path} cannot be read as an array of numbers ({first_line(error)}): save it with "
+            f"numpy.save, as numbers"
         ) from None
 
 
@@ -123,7 +126,8 @@ def column_of_ids(path, rows, keys) -> tuple:
             f"{path} has a first column of large whole numbers, as ids are, which {rows.dtype} "
             f"cannot hold: save it as float64, or write the ids into {ids_beside(path).name}"
         )
-    by_number = {int(key): key for key in keys if key.isdecimal()}    # 0012 is 12 here
+    by_number = {whole_number(key): key for key in keys}    # 0012 is 12 here
+    by_number.pop(None, None)
     ids = [by_number.get(int(number), f"{number:.0f}") for number in first.tolist()]
     if not set(ids) & set(by_number.values()):
         return rows, None, [f"the first column of {path.name} has whole numbers that are no items' "

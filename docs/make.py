@@ -222,8 +222,13 @@ def plots_in(page) -> dict:
     """{path: SVG} of the plots that a page names."""
     found = {}
     for name, path, marks in PLOT.findall(page):
-        pairs = [mark.rsplit("=", 1) for mark in marks.split(";") if mark.strip()]
-        values = {what.strip(): float(value) for what, value in pairs}
+        try:
+            pairs = [mark.rsplit("=", 1) for mark in marks.split(";") if mark.strip()]
+            values = {what.strip(): float(value) for what, value in pairs}
+        except ValueError:
+            raise UserError(
+                f"the plot {name}: {path} has the marks {marks}: write NAME=NUMBER; NAME=NUMBER"
+            ) from None
         found[ROOT / path] = plot(rows_of(name), "NDCG@10 without the history", values)
     return found
 

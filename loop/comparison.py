@@ -4,12 +4,21 @@ Everything is read from the runs' folders: config.json, metrics.json and ranks-t
 """
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.files import UserError, atomic, read_json, set_aside
+from common.files import (
+    UserError,
+    atomic,
+    first_line,
+    has_form,
+    read_json,
+    refuse_endless,
+    set_aside,
+)
 from common.statistics import gain, holm, mean_and_spread, p_value, with_interval
 
 COLUMNS = (    # heading, part of metrics.json, metric
@@ -23,7 +32,13 @@ COLUMNS = (    # heading, part of metrics.json, metric
 )
 DATA = ("sequences_sha256", "split", "cut")    # what runs in one table share
 IGNORED = ("seed", "data", "widths", "config")    # settings that set no rows apart
-NEEDED = ("model", "seed", "split", "config", "sequences_sha256")
+# what a table reads of config.json and metrics.json, as has_form takes it
+NEEDED = {"model": str, "seed": int, "split": str, "config": dict, "sequences_sha256": str}
+NUMBERS = {"recall@10": float, "ndcg@10": float}
+TOLD = {
+    "test": NUMBERS, "test_masked": NUMBERS, "groups": {str: NUMBERS},
+    "best_epoch": int, "seconds": float, "parameters": int,
+}
 
 
 @dataclass
@@ -37,10 +52,16 @@ class Finished:
     def ranks(self):
         path = self.folder / "ranks-test.npy"
         try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            refuse_endless(path)
+            found = np.load(path, allow_pickle=False)
+            if found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0:
+                raise ValueError("they are no ranks")
+            if abs(gain(found).mean() - self.metrics["test"]["ndcg@10"]) > 1e-6:
+                raise ValueError("they do not give the numbers of metrics.json")
+            return found
+        except Exception as error:    # a damaged .npy can raise almost anything
             raise UserError(
-                f"{path} cannot be read ({error}): train the run again, or leave it out"
+                f"{path} cannot be read ({first_line(error)}): train the run again, or leave it out"
             ) from None
 
     def number(self, part, metric):
@@ -57,15 +78,16 @@ def finished(folder) -> Finished:
             f"{folder} holds no finished run (no metrics.json): finish it with --resume, or leave "
             f"it out"
         )
-    found = Finished(folder, read_json(folder / "config.json"), read_json(folder / "metrics.json"))
-    both = isinstance(found.settings, dict) and isinstance(found.metrics, dict)
-    if not both or [name for name in NEEDED if name not in found.settings]:
-        raise UserError(f"{folder} has a config.json of no run: train it again, or leave it out")
-    if found.settings["split"] == "none":
+    advice = "train it again, or leave it out"
+    settings = read_json(folder / "config.json", object, advice)
+    if not has_form(settings, NEEDED):
+        raise UserError(f"{folder} has a config.json of no run: {advice}")
+    if settings["split"] == "none":
         raise UserError(f"{folder} was trained on everything (--split none): nothing was tested")
-    if [name for name in ("test", "test_masked", "groups") if not found.metrics.get(name)]:
-        raise UserError(f"{folder} has a metrics.json of no run: train it again, or leave it out")
-    return found
+    metrics = read_json(folder / "metrics.json", object, advice)
+    if not has_form(metrics, TOLD):
+        raise UserError(f"{folder} has a metrics.json of no run: {advice}")
+    return Finished(folder, settings, metrics)
 
 
 # ---------------- rows: runs that differ in nothing but the seed
@@ -73,7 +95,7 @@ def finished(folder) -> Finished:
 def rows_of(folders) -> dict:
     """{name of a row: its runs}, in the order of the folders. Raises UserError for runs on
     different data or splits."""
-    unique = {Path(folder).resolve(): folder for folder in folders}
+    unique = {os.path.realpath(folder): folder for folder in folders}
     runs = [finished(folder) for folder in unique.values()]
     about = [tuple(run.settings.get(name) for name in DATA) for run in runs]
     for run, own in zip(runs, about):

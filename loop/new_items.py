@@ -32,7 +32,7 @@ def model_of_more(run, path):
     features = Features(run.settings["text"], run.settings["image"])
     catalog = build_catalog(run.module, new, features, run.device)
     leave_out_what_was_not_trained(run, catalog, path)
-    align_widths([run.catalog, catalog], run.settings.get("widths", {}))
+    align_widths([run.catalog, catalog], run.settings["widths"])
     joined = {key: join(key, run.catalog[key], catalog[key]) for key in run.catalog}
     if "lang" in joined:
         joined["lang"] = languages(dataset, new)
@@ -59,7 +59,7 @@ def leave_out_what_was_not_trained(run, catalog, path):
 
 def refuse_weights_of_items(run, model):
     """Raises UserError where a model of more items has larger weights than the trained one."""
-    trained, _ = load_tensors(run.folder / "model.safetensors")
+    trained, _ = load_tensors(run.folder / "model.safetensors", "train again")
     larger = [
         name for name, weight in model.state_dict().items()
         if name in trained and trained[name].shape != weight.shape

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import data
-from common.files import UserError, load_tensors, read_json
+from common.files import UserError, has_form, load_tensors, read_json
 
 from .runs import align_widths, build_catalog, encoders_of
 
@@ -102,14 +102,21 @@ def take_over(job) -> dict:
         raise UserError(
             f"--init {run} holds no weights: give the folder of a run that is finished"
         )
-    about = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    about = {}
+    advice = "give --init the folder of another run"
+    if (run / "config.json").is_file():
+        about = read_json(run / "config.json", dict, advice)
     ours = encoders_of(job.module, job.cfg, job.dataset, job.args)
     theirs = about.get("encoders", ours)
+    widths = about.get("widths", {})
+    if not has_form([theirs, widths], [{str: (int, str)}]):
+        raise UserError(f"--init {run} has a config.json of no run: {advice}")
     if theirs != ours:
-        print(f"warning: {run} was trained with {' and '.join(theirs.values())}, this run has "
+        before = " and ".join(map(str, theirs.values()))
+        print(f"warning: {run} was trained with {before}, this run has "
               f"{' and '.join(ours.values())}")
-    align_widths([job.catalog], about.get("widths", {}))
-    return load_tensors(path)[0]
+    align_widths([job.catalog], widths)
+    return load_tensors(path, advice)[0]
 
 
 def training_parts(sets, warm=False) -> data.Data:

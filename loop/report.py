@@ -199,7 +199,8 @@ def curves(log) -> str:
     for stage in dict.fromkeys(line["stage"] for line in log):
         lines = [line for line in log if line["stage"] == stage]
         for term in lines[0]["losses"]:
-            drawn.append(curve(f"{stage}: {term}", [line["losses"][term] for line in lines]))
+            values = [line["losses"][term] for line in lines if term in line["losses"]]
+            drawn.append(curve(f"{stage}: {term}", values))
     valid = [line["valid"]["ndcg@10"] for line in log if "valid" in line]
     drawn.append(curve("validation ndcg@10", valid))
     return "".join(drawn)

@@ -11,6 +11,7 @@ Progress knows the epoch's validation. The log is cut back to it, and `train_sta
 """
 import dataclasses
 import json
+import os
 import random
 import shutil
 from contextlib import contextmanager
@@ -22,11 +23,14 @@ import torch
 
 import data
 import extract_features
+from common.encoders import refuse_absurd
 from common.features import KEYS
 from common.files import (
+    AGAIN,
     UserError,
     alone_in,
     atomic,
+    has_form,
     load_tensors,
     pick_device,
     read_json,
@@ -34,13 +38,41 @@ from common.files import (
     set_aside,
     write_json,
 )
+from common.splits import SPLITS
+from sources import read_about
 
-from .settings import has_recipe, load_model_file
+from .settings import has_recipe, load_model_file, wrong_values
 
 STAGES = ("pretrain", "train")    # in their order
 LONGER = ("epochs", "patience")   # settings that may grow when a run is resumed
 # of runs that were begun without these settings
-SINCE = {"valid_every": 1, "valid_users": None, "cut": None}
+SINCE = {"valid_every": 1, "valid_users": None, "cut": None, "widths": {}}
+TEXT = (str, type(None))
+SETTINGS = {     # what a run that is opened again must say of itself, as has_form takes it
+    "model": str,
+    "model_file": str,
+    "data": str,
+    "seed": int,
+    "split": str,
+    "cut": TEXT,
+    "text": TEXT,
+    "image": TEXT,
+    "train_share": float,
+    "config": dict,
+    "sequences_sha256": str,
+    "widths": {str: int},
+}
+PROGRESS = {
+    "stage": str, "epoch": int, "best": float, "best_epoch": int, "checked": int, "seconds": float,
+}
+METRICS = {f"{name}@{k}": float for name in ("recall", "ndcg") for k in (10, 50)}
+GROUPS = {str: {"users": int} | METRICS}
+TRAINED = {"best_epoch": int, "epochs": int, "seconds": float, "parameters": int}
+TESTED = TRAINED | {    # what metrics.json has of a run that was tested
+    "test": METRICS, "test_masked": METRICS, "groups": GROUPS, "groups_masked": GROUPS,
+    "users": int,
+}
+LINE = {"stage": str, "epoch": int, "losses": {str: float}, "seconds": float}    # of the log
 
 
 @dataclass
@@ -142,6 +174,10 @@ def build(model_class, cfg, catalog, device, seed):
     A ValueError from the model is a bad setting or catalog: reported as a UserError.
     """
     seed_everything(seed)
+    for modality in KEYS:
+        own = vars(cfg).get(f"{modality}_encoder")    # a setting of models that encode themselves
+        if own and Path(own).is_dir():
+            refuse_absurd(own)
     try:
         model = model_class(cfg, catalog).to(device)
         if hasattr(model, "prepare"):    # what it computes once, before its first step
@@ -188,6 +224,7 @@ class Progress:
 @dataclass
 class Saved:
     """What state.safetensors holds of an interrupted run."""
+    path: Path
     progress: Progress
     tensors: dict
 
@@ -198,19 +235,34 @@ class Saved:
         return self.progress.stage == stage
 
     def restore(self, model, optimizer):
-        """Put the weights and the optimiser's state back."""
+        """Put the weights and the optimiser's state back. Raises UserError where they do not fit.
+        """
         weights = {}
         state = {}
-        for key, tensor in self.tensors.items():
-            kind, name = key.split(".", 1)
-            if kind == "model":
-                weights[name] = tensor
-            else:
-                number, name = name.split(".")
-                state.setdefault(int(number), {})[name] = tensor
-        model.load_state_dict(weights)
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        try:
+            for key, tensor in self.tensors.items():
+                kind, name = key.split(".", 1)
+                if kind == "model":
+                    weights[name] = tensor
+                else:
+                    number, name = name.split(".")
+                    state.setdefault(int(number), {})[name] = tensor
+            model.load_state_dict(weights)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            refuse_other_shapes(optimizer)
+        except (RuntimeError, ValueError) as error:    # other names, or other shapes
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"{self.path} is of another model than is trained ({reason}): {AGAIN}"
+            ) from None
+
+
+def refuse_other_shapes(optimizer):
+    """Raises ValueError where the optimiser's numbers are not of its weights' shapes."""
+    for weight, values in optimizer.state.items():
+        if not {value.shape for value in values.values()} <= {(), weight.shape}:
+            raise ValueError("size mismatch in the optimiser's numbers")
 
 
 def save_state(folder, model, optimizer, progress):
@@ -227,25 +279,41 @@ def saved_state(folder):
     saved = None
     if path.is_file():
         tensors, progress = load_tensors(path)
-        progress = {"checked": progress["epoch"], **progress}    # of runs without this number
-        saved = Saved(Progress(**progress), tensors)
+        if isinstance(progress, dict):
+            progress = {"checked": progress.get("epoch"), **progress}    # of runs without it
+        if not has_form(progress, PROGRESS) or progress["stage"] not in STAGES:
+            raise UserError(f"{path} is no state of a run: {AGAIN}")
+        progress = Progress(**{name: progress[name] for name in PROGRESS})
+        saved = Saved(path, progress, tensors)
     cut_log(folder / "log.jsonl", saved)
     return saved
 
 
 def cut_log(path, saved):
-    """Drop what the log says of epochs after the saved state: they are trained again."""
+    """Drop what the log says of epochs after the saved state: they are trained again. Of a damaged
+    log, that line and what follows are lost; it is read by nothing but the report."""
     kept = []
     if saved and path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:    # the line that was being written when the run was killed
+        for line in path.read_bytes().splitlines():
+            row = parsed(line)
+            if row is None:
                 break
             if saved.progress.includes(row["stage"], row["epoch"]):
-                kept.append(line + "\n")
-    with atomic(path) as file:
+                kept.append(line + b"\n")
+    with atomic(path, "wb") as file:
         file.writelines(kept)
+
+
+def parsed(line):
+    """A line of the log; None for the one that was being written when the run was killed."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    fits = has_form(row, LINE) and row["stage"] in STAGES
+    if fits and "valid" in row:
+        fits = has_form(row["valid"], {"ndcg@10": float})
+    return row if fits else None
 
 
 def append_log(folder, line):
@@ -254,14 +322,15 @@ def append_log(folder, line):
 
 
 def read_log(folder) -> list:
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    lines = map(parsed, (folder / "log.jsonl").read_bytes().splitlines())
+    return [line for line in lines if line is not None]
 
 
 def load_weights(model, path):
-    """Raises UserError where the file holds other weights than the model has."""
+    """Raises UserError where the file is damaged or holds other weights than the model has."""
+    weights, _ = load_tensors(path, "train again")
     try:
-        model.load_state_dict(load_tensors(path)[0])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
@@ -295,6 +364,16 @@ def settings_of(job, seed) -> dict:
         "config": dataclasses.asdict(job.cfg),
         "sequences_sha256": job.dataset.about["sequences_sha256"],
     }
+
+
+def read_metrics(folder, form, advice) -> dict:
+    """metrics.json of a finished run. form: TRAINED or TESTED. Raises UserError, which ends with
+    the advice."""
+    path = folder / "metrics.json"
+    found = read_json(path, form, advice)
+    if form is TESTED and found["groups"].keys() != found["groups_masked"].keys():
+        raise UserError(f"{path} has two sets of groups: {advice}")
+    return found
 
 
 @contextmanager
@@ -341,13 +420,15 @@ def has_settings(folder, settings) -> bool:
 
 def refuse_other_settings(folder, settings) -> list:
     """Raises UserError where a run was begun with other settings; returns those that have grown."""
-    before = read_json(folder / "config.json")
+    advice = "leave --resume out, then the run begins anew"
+    before = read_json(folder / "config.json", {"config": dict}, advice)
     now = {**settings, **settings["config"]}
-    before = {**SINCE, **before, **before.get("config", {})}
+    before = {**SINCE, **before, **before["config"]}
     # where the data lies is no setting: sequences_sha256 says whether it is the same
     changed = [name for name in now if name not in ("config", "data")]
     changed = [name for name in changed if before.get(name) != now[name]]
-    longer = [name for name in changed if name in LONGER and before.get(name, 0) < now[name]]
+    numbers = [name for name in changed if name in LONGER and has_form(before.get(name, 0), int)]
+    longer = [name for name in numbers if before.get(name, 0) < now[name]]
     if "epochs" in longer and now.get("schedule", "constant") != "constant":
         raise UserError(
             f"{folder} cannot be given more epochs: its learning rate follows --schedule "
@@ -380,7 +461,7 @@ def where_data_is(folder, settings):
     for root in roots:
         for about in sorted(root.glob("*/source.json")):
             try:
-                found = read_json(about).get("sequences_sha256")
+                found = read_about(about.parent).get("sequences_sha256")
             except UserError:    # another data set, damaged
                 continue
             if found == settings["sequences_sha256"]:
@@ -389,6 +470,19 @@ def where_data_is(folder, settings):
     raise UserError(
         f"the data of {folder} is no longer {before}: say where it is, with --data FOLDER"
     )
+
+
+def refuse_own_code(folder, name):
+    """Raises UserError for a run of a model file that may have come with it: train.py keeps the
+    whole path of a file that lay on this machine in training."""
+    if not name.endswith(".py"):
+        return
+    inside = Path(os.path.realpath(folder)) in Path(os.path.realpath(name)).parents
+    if inside or not Path(name).is_absolute():
+        raise UserError(
+            f"{folder} names the model file {name}, which came with it and is not run: if you "
+            f"trust it, put it elsewhere and write its whole path into config.json"
+        )
 
 
 @dataclass
@@ -430,9 +524,10 @@ def open_run(folder, device=None, where=None) -> Run:
     if not (folder / "metrics.json").is_file():
         print(f"note: the run in {folder} is not finished: its best weights so far are used",
               flush=True)
-    settings = read_json(folder / "config.json")
-    if not isinstance(settings, dict) or "model_file" not in settings:
+    settings = {**SINCE, **read_json(folder / "config.json", dict, "train the run again")}
+    if not has_form(settings, SETTINGS) or settings["split"] not in SPLITS:
         raise UserError(f"{folder} has a config.json of no run: train it again")
+    refuse_own_code(folder, settings["model_file"])
     module = load_model_file(settings["model_file"])
     device = pick_device(device)
     where = where or where_data_is(folder, settings)
@@ -440,7 +535,7 @@ def open_run(folder, device=None, where=None) -> Run:
         where,
         split=settings["split"],
         train_share=settings["train_share"],
-        cut=settings.get("cut"),
+        cut=settings["cut"],
     )
     if dataset.about["sequences_sha256"] != settings["sequences_sha256"]:
         raise UserError(
@@ -453,8 +548,17 @@ def open_run(folder, device=None, where=None) -> Run:
             f"{folder} was made by another version of the model, which had the setting "
             f"{unknown[0]}: train it again"
         )
-    cfg = module.Config(**settings["config"])
+    wrong = wrong_values(module.Config, settings["config"])
+    try:
+        cfg = module.Config(**settings["config"]) if not wrong else None
+    except ValueError as error:
+        wrong = [str(error)]
+    if wrong:
+        raise UserError(
+            f"{folder} has a setting in its config.json that makes no sense ({wrong[0]}): train it "
+            f"again"
+        )
     features = Features(settings["text"], settings["image"])
     catalog = build_catalog(module, dataset, features, device)
-    align_widths([catalog], settings.get("widths", {}))
+    align_widths([catalog], settings["widths"])
     return Run(folder, settings, module, cfg, dataset, catalog, device)

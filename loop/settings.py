@@ -16,7 +16,7 @@ from torch import nn
 
 import extract_features
 from common.features import KEYS
-from common.files import UserError
+from common.files import UserError, has_form
 
 FOLDER = Path(__file__).resolve().parents[1] / "models"
 MODELS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
@@ -204,7 +204,11 @@ def train_flags():
 
 
 def one_per_model(argv) -> list:
-    """The command lines of `--model A,B`, one for each model; of one model, the line itself."""
+    """The command lines of `--model A,B`, one for each model; of one model, the line itself.
+
+    A setting that some of the models lack is given to the others, and a line says so; with --help
+    the settings of all are shown. Raises UserError.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model")
     given, rest = parser.parse_known_args(argv)
@@ -217,7 +221,44 @@ def one_per_model(argv) -> list:
             f"--model {given.model} names two models of one name, which would share a folder: give "
             f"each once, or rename a file"
         )
-    return [["--model", name, *rest] for name in names]
+    if len(names) == 1:
+        return [["--model", *names, *rest]]
+    configs = {name: load_model_file(name).Config for name in names}
+    if {"-h", "--help"} & set(rest):
+        show_help(configs)
+    return [["--model", name, *own] for name, own in zip(names, flags_of_each(configs, rest))]
+
+
+def flags_of_each(configs, argv) -> list:
+    """The flags of a command line that each of several models takes. configs: {model: Config}"""
+    fields = {model: {field.name for field in dataclasses.fields(configs[model])}
+              for model in configs}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in sorted(set().union(*fields.values())):
+        parser.add_argument(f"--{name}")
+    found, shared = parser.parse_known_args(argv)
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    for name in given:
+        lacking = [model for model in configs if name not in fields[model]]
+        if lacking:
+            print(f"note: --{name} is not used by {', '.join(lacking)}: no such setting")
+    return [
+        [*shared, *(f"--{name}={value}" for name, value in given.items() if name in own)]
+        for own in fields.values()
+    ]
+
+
+def show_help(configs):
+    """Print the shared flags, then the settings of each of several models; then end."""
+    parser = train_flags()
+    parser.add_argument("-h", "--help", action="help")
+    parser.print_help()
+    for name, config in configs.items():
+        own = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+        add_settings(own.add_argument_group(f"settings of {name}"), config)
+        print()
+        own.print_help()
+    sys.exit(0)
 
 
 def parse(argv=None):
@@ -262,6 +303,19 @@ def boolean(text):
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1", "yes")
+
+
+def wrong_values(config, values) -> list:
+    """Names among those of some values of a Config whose value is of another type."""
+    hints = get_type_hints(config)
+    return [
+        name for name, value in values.items()
+        if name in hints and not fits_hint(value, hints[name])
+    ]
+
+
+def fits_hint(value, hint) -> bool:
+    return value in get_args(hint) if get_origin(hint) is Literal else has_form(value, hint)
 
 
 def configure(module, args, data_name, source=""):

@@ -228,7 +228,7 @@ def load_encoder(name, modality):
         )
         return model, (processor.image_mean, processor.image_std)
     except Exception as error:    # no such folder, no network, a foreign format
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{modality}_encoder {name} cannot be loaded ({reason}): give the name or folder of a "
             f"Hugging Face model, tiny, or tiny- and one of {', '.join(TINY)}"
@@ -508,9 +508,10 @@ class Cached:
         try:
             hidden = np.load(path, mmap_mode="c", allow_pickle=False)
             fits = hidden.dtype == dtype and hidden.ndim == 2 and hidden.shape[1] == width
+            fits = fits and len(hidden) >= len(bottom)
             if fits and sum(lengths_of(bottom, len(hidden), len(bottom))) == len(hidden):
                 return hidden
-        except (ValueError, OSError, EOFError):    # cut off, or no .npy at all
+        except Exception:    # cut off, or no .npy at all: its reader may raise anything
             pass
         print(f"{path} is damaged: it is made again", flush=True)
         return None

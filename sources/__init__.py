@@ -34,10 +34,12 @@ import numpy as np
 
 from common.features import write_features
 from common.files import (
+    AGAIN,
     UserError,
     alone_in,
     arrays_sha256,
     atomic,
+    has_form,
     keys_sha256,
     read_json,
     set_aside,
@@ -53,6 +55,32 @@ FORMAT = 3    # of the processed folder; a folder of another format is made anew
 PIECE = 1 << 17    # interactions, and the rest of the last user's, that are sorted at once
 SOURCES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 SOURCES = [source for source in SOURCES if hasattr(source, "recognises")]
+TEXT = (str, type(None))
+COUNT = (int, str)    # of a paper that does not say it: a dash
+PUBLISHED = {"users": COUNT, "items": COUNT, "interactions": COUNT, "source": str}
+ABOUT = {     # what source.json holds, as has_form takes it
+    "name": str,
+    "from": str,
+    "source": str,
+    "code": str,
+    "by": TEXT,
+    "pictures": str,
+    "pictures_in": int,
+    "files": {str: {"bytes": int, "mtime_ns": int, "sha256": str}},
+    "clock": str,
+    "image_root": str,
+    "picture_hosts": ([str], type(None)),
+    "core": int,
+    "described": int,
+    "items_sha256": str,
+    "sequences_sha256": str,
+    "report": dict,
+    "notes": [str],
+    "features": {str: str},
+    "published": (PUBLISHED, {str: ()}),
+    "counts": [{"step": str, "users": int, "items": int, "interactions": int}],
+}
+SINCE = {"code": "", "pictures_in": 0, "described": 0, "notes": []}    # older folders lack these
 NAMES = [name for source in SOURCES for name in getattr(source, "NAMES", ())]
 BY = sorted({by for source in SOURCES for by in getattr(source, "BY", ())})
 
@@ -94,7 +122,7 @@ def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
 
 def processed(folder, core, by) -> Path:
     """A processed folder, if it is what the options ask for."""
-    about = read_json(folder / "source.json")
+    about = read_about(folder)
     fits = about.get("format") == FORMAT
     fits = fits and core in (None, about["core"]) and by in (None, about["by"])
     if not fits:
@@ -103,6 +131,15 @@ def processed(folder, core, by) -> Path:
             f"give the raw data instead"
         )
     return folder
+
+
+def read_about(folder, advice=AGAIN) -> dict:
+    """source.json of a processed folder. Raises UserError, which ends with the advice."""
+    path = folder / "source.json"
+    about = read_json(path, dict, advice)
+    if about.get("format") == FORMAT and not has_form(SINCE | about, ABOUT):
+        raise UserError(f"{path} holds something else than it should: {advice}")
+    return about
 
 
 @dataclass
@@ -193,9 +230,9 @@ def folder_name(folder, root, suffix) -> str:
     name = slug(resolved.name)
     if name in (*NAMES, "raw", "cache") or re.match(r"amazon20\d\d-", name):
         name += "-folder"
-    taken = root / (name + suffix) / "source.json"
-    if taken.is_file():
-        about = read_json(taken)
+    taken = root / (name + suffix)
+    if (taken / "source.json").is_file():
+        about = read_about(taken)
         before = about.get("from", "")
         moved = not Path(before).exists() and same_files(raw_files(folder), about.get("files", {}))
         if before != str(resolved) and not moved:
@@ -210,7 +247,7 @@ def what_changed(order):
     """
     if not (order.out / "source.json").is_file():
         return "it was not prepared yet"
-    about = read_json(order.out / "source.json")
+    about = read_about(order.out)
     if about.get("format") != FORMAT:
         return "it was prepared in another format"
     if about.get("from") != order.origin:
@@ -460,7 +497,7 @@ def take_place(made, out, reason):
         return
     print(f"{out}: {reason}; the old folder is now {aside}", flush=True)
     if (aside / "source.json").is_file():
-        before, now = (read_json(folder / "source.json") for folder in (aside, out))
+        before, now = read_about(aside), read_about(out)
         if before.get("items_sha256") == now["items_sha256"]:
             move_features(aside / "features", out / "features")
 

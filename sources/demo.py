@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.files import read_json, write_json
+from common.files import load_arrays, read_json, write_json
 from common.tables import Keys, Raw
 
 from .demo_goods import describe, draw
@@ -494,8 +494,8 @@ def reached(folder, histories, targets) -> dict:
     for any other folder."""
     if not (folder / "oracle.npz").is_file():
         return {}
-    with np.load(folder / "oracle.npz", allow_pickle=False) as file:
-        arrays = dict(file)
+    advice = f"remove the folder {folder} and prepare the data again"
+    arrays = load_arrays(folder / "oracle.npz", advice)
     if "world" not in arrays:    # drawn before there were several
         return {}
     by_view = ceiling(arrays, histories, targets)

@@ -11,11 +11,12 @@ import numpy as np
 
 from common.files import UserError
 from common.interactions import Interactions, has_own_table
-from common.tables import TABS, Raw, each_row, form_of
+from common.tables import TABS, Raw, cut, each_row, form_of, whole_number
 from common.vectors import array_in
 
 FEATURES = {"text": "text_feat.npy", "image": "image_feat.npy"}
 MAPPING = "i_id_mapping.csv"
+LAST = 10 ** 7    # a larger itemID is none: the catalog has a row for each number up to it
 
 
 def recognises(folder) -> bool:
@@ -42,13 +43,14 @@ def read(folder, name) -> Raw:
 
 def highest(items, path) -> int:
     """The largest itemID. Raises UserError for an item that is no number."""
-    strange = [item for item in items if not item.isdecimal()]
+    numbers = {item: whole_number(item) for item in items}
+    strange = [item for item, number in numbers.items() if number is None or number > LAST]
     if strange:
         raise UserError(
-            f"{path} has an item {min(strange)}, and the rows of features are numbered: put the "
-            f"table with the numbers there"
+            f"{path} has an item {cut(min(strange))}, and the rows of features are numbered: put "
+            f"the table with the numbers there"
         )
-    return max(map(int, items), default=-1)
+    return max(numbers.values(), default=-1)
 
 
 def read_features(folder, last, report) -> dict:

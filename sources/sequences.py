@@ -14,7 +14,7 @@ import numpy as np
 from common.files import UserError
 from common.interactions import FILES, has_own_table
 from common.items import Items, notes_of_match, order_of
-from common.tables import Keys, Raw, each_object, first_lines
+from common.tables import Keys, Raw, each_object, first_lines, whole_number
 
 ENOUGH = 200                            # lines that say how a file is written,
 MOST = .9                               # and how many of them must be written so
@@ -80,5 +80,5 @@ def has_sequences(path) -> bool:
     if not rows or len(numbers) < MOST * len(rows):
         return False
     rated = all(len(row) == 3 for row in numbers)
-    timed = all(int(row[-1]) > TIME for row in numbers)
+    timed = all((whole_number(row[-1]) or 0) > TIME for row in numbers)
     return not (rated or timed)

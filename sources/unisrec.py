@@ -95,6 +95,11 @@ def each_line(path, columns, take) -> dict:
         )
     headed = any(":token" in text for _, text in first_lines(path, 1))
     header = tuple(header_of(path, TABS)) if headed else columns
+    if len(header) < len(columns):
+        raise UserError(
+            f"{path} must have {len(columns)} columns between tabs, and has {len(header)}: fetch "
+            f"the file again"
+        )
     form = replace(TABS, header=() if headed else columns)
     return each_row(path, header[:len(columns)], take, form=form, most_bad=0)
 

@@ -212,6 +212,12 @@ def test_the_tables_and_plots_are_those_of_the_runs_that_were_kept():
         assert path.read_text(encoding="utf-8") == text, path
 
 
+@pytest.mark.parametrize("marks", ["oracle", "oracle=x", "a=1; b"])
+def test_marks_of_a_plot_that_are_none_are_one_sentence(marks):
+    with pytest.raises(UserError, match=f"x.svg has the marks {marks}: write NAME=NUMBER"):
+        make.plots_in(f"<!-- plot demo: docs/x.svg; {marks} -->")
+
+
 def test_a_table_is_made_of_runs_that_are_kept(tmp_path, monkeypatch):
     write_shop(tmp_path / "shop")
     run("train.py", "--model", "pop", "--data", "shop", cwd=tmp_path)

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common import files
 from common.files import (
@@ -17,6 +18,7 @@ from common.files import (
     arrays_sha256,
     atomic,
     command,
+    has_form,
     keys_sha256,
     load_tensors,
     pick_device,
@@ -42,8 +44,10 @@ def raising(error):
     (lambda: 3, 3, ""),
     (raising(UserError("the data: is missing")), 2, "error: the data: is missing\n"),
     (raising(OSError("the disk is full")), 2, "error: the disk is full\n"),
+    (raising(MemoryError()), 2, "error: there is not enough memory (MemoryError): a smaller "
+     "--batch_size, --dim or --max_len needs less\n"),
     (raising(KeyboardInterrupt()), 130, "\nstopped; what was finished is on disk\n"),
-], ids=["done", "a code", "user error", "full disk", "interrupted"])
+], ids=["done", "a code", "user error", "full disk", "memory", "interrupted"])
 def test_how_a_script_ends(capsys, main, code, told):
     with pytest.raises(SystemExit) as end:
         command(main)
@@ -123,6 +127,49 @@ def test_damaged_tensors_are_one_sentence(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="x.safetensors cannot be read"):
         load_tensors(path)
+
+
+def test_tensors_that_are_not_as_they_were_written_are_told(tmp_path):
+    """One bit of numbers, of a name or of what is said about them; files of others have no sum."""
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.ones(9), "b": torch.zeros(9)}, {"epoch": 1})
+    whole = path.read_bytes()
+    for old, new in ((b'"a"', b'"c"'), (b'epoch\\": 1', b'epoch\\": 3'), (whole[-1:], b"\1")):
+        assert old in whole
+        path.write_bytes(new.join(whole.rsplit(old, 1)))
+        with pytest.raises(UserError, match="not those that were written"):
+            load_tensors(path)
+    save_file({"a": torch.ones(2)}, path, {"about": '{"epoch": 1}'})
+    assert load_tensors(path)[1] == {"epoch": 1}
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="it is no file"):
+        load_tensors(path)
+
+
+@pytest.mark.parametrize("form, fits, does_not", [
+    (int, [0, -5], [True, 1., "1", None, 2 ** 63]),
+    (float, [0, .5, float("nan")], [True, "1", 2 ** 63]),
+    (str, ["", "é"], [5, None, "\ud800"]),
+    ((str, type(None)), ["x", None], [5, []]),
+    ([int], [[], [1, 2]], [{}, [1, "2"], "12"]),
+    ({str: int}, [{}, {"a": 1}], [[], {"a": "b"}]),
+    ({"a": [str]}, [{"a": ["x"], "b": 1}], [{}, {"a": "x"}, []]),
+    ({str: ()}, [{}], [{"a": 1}, []]),
+])
+def test_forms(form, fits, does_not):
+    assert all(has_form(value, form) for value in fits)
+    assert not any(has_form(value, form) for value in does_not)
+
+
+def test_json_of_another_form_or_depth_is_one_sentence(tmp_path):
+    path = tmp_path / "a.json"
+    for text, form in (("[1]", dict), ('{"a": 1}', {"a": str}), ("[" * 10 ** 5, object)):
+        path.write_text(text)
+        with pytest.raises(UserError, match="a.json .*: train again"):
+            read_json(path, form, "train again")
+    path.write_text("[1]")
+    assert read_json(path, [int]) == [1]
 
 
 def test_what_is_set_aside_takes_the_first_free_number(tmp_path):

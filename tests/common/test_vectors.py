@@ -146,9 +146,10 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, rows, senten
     ("7\n7\n3\n40\n", "give each row an id of its own"),
     ("7\n12\n", "4 rows and 2 different ids"),
     ("a\nb\nc\nd\n", "none of the 4 ids .* .a against 7."),
+    ("é\nb\nc\nd\n", "v.ids.txt cannot be read .*save it as UTF-8"),
 ])
 def test_ids_that_fit_nothing_are_one_sentence(tmp_path, ids, sentence):
-    (tmp_path / "v.ids.txt").write_text(ids)
+    (tmp_path / "v.ids.txt").write_text(ids, encoding="latin-1")
     with pytest.raises(UserError, match=sentence):
         read_vectors(npy(tmp_path, ROWS), KEYS)
 
@@ -159,6 +160,17 @@ def test_ids_that_fit_nothing_are_one_sentence(tmp_path, ids, sentence):
 def test_tensors_that_are_no_table_are_named(tmp_path, content):
     with pytest.raises(UserError, match="holds the tensors a, b"):
         read_vectors(tensors(tmp_path, content), KEYS)
+
+
+def test_a_key_of_five_thousand_digits_is_no_number(tmp_path):
+    rows, notes = read_vectors(column_of_ids(tmp_path), [*KEYS, "9" * 5000])
+    np.testing.assert_array_equal(rows[:4], ROWS)
+    assert not rows[4].any()
+
+
+def test_no_rows_at_all_are_refused(tmp_path):
+    with pytest.raises(UserError, match="of shape .0, 3."):
+        read_vectors(npy(tmp_path, ROWS[:0]), KEYS)
 
 
 def test_damaged_and_missing_files(tmp_path):

@@ -122,8 +122,9 @@ def test_the_log_is_cut_back_to_the_state(tmp_path):
     stages = [("pretrain", 1), ("pretrain", 2), ("train", 1), ("train", 2), ("train", 3)]
     path = tmp_path / "log.jsonl"
     for progress, kept in ((Progress("train", 2), 4), (Progress("pretrain", 1), 1)):
-        path.write_text("".join(json.dumps({"stage": s, "epoch": n}) + "\n" for s, n in stages))
-        cut_log(path, Saved(progress, {}))
+        lines = [{"stage": s, "epoch": n, "losses": {}, "seconds": 1} for s, n in stages]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        cut_log(path, Saved(tmp_path / "state.safetensors", progress, {}))
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert [(row["stage"], row["epoch"]) for row in rows] == stages[:kept]
 

@@ -268,6 +268,21 @@ def test_usual_keys_of_catalogs(tmp_path):
     assert note in raw.notes
 
 
+def test_a_table_of_nothing_but_keys(tmp_path):
+    write(tmp_path / "own")
+    (tmp_path / "own" / "items.csv").write_text("item\nm1\nm22\n")
+    raw = folder.read(tmp_path / "own", None)
+    assert list(raw.catalog) == ["m1", "m22"]
+    assert raw.report["items.csv"]["lines"] == 2
+
+
+def test_a_table_without_keys_gets_a_sentence_of_its_own(tmp_path):
+    write(tmp_path / "own")
+    (tmp_path / "own" / "items.csv").write_text("name,colour\nmug,red\n")
+    with pytest.raises(UserError, match="the column of the items' keys .it begins with name, col"):
+        folder.read(tmp_path / "own", None)
+
+
 @pytest.mark.parametrize("name, separator", [
     ("items.csv", ","), ("items.csv", ";"), ("items.tsv", "\t"), ("items.csv.gz", ","),
 ])

@@ -58,6 +58,9 @@ def damage(folder, kind):
         (folder / "i_id_mapping.csv").write_text("asin\titemID\nB0\t0\nB0\t1\n")
     elif kind == "objects":
         np.save(folder / "text_feat.npy", np.array([{}], object))
+    elif kind in ("digits", "billions"):
+        number = "9" * 5000 if kind == "digits" else "9" * 10    # a row for each up to it
+        (folder / "baby.inter").write_text(f"{HEAD}0\t{number}\t5.0\t10\t0\n")
     else:
         (folder / "baby.inter").write_text(HEAD + "0\tB2\t5.0\t10\t0\n")
 
@@ -68,6 +71,8 @@ def damage(folder, kind):
     ("lengths", "different numbers of rows"),
     ("objects", "cannot be read as an array of numbers"),
     ("names", "has an item B2"),
+    ("digits", "has an item 99"),
+    ("billions", "has an item 99"),
     ("twice", "gives one asin to several itemIDs"),
 ])
 def test_what_does_not_fit_is_one_sentence(folder, tmp_path, kind, sentence):

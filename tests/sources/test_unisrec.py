@@ -116,6 +116,7 @@ DAMAGE = [    # file, its content or None = missing, what the message says
     ("X.user2index", None, "X.user2index is missing"),
     ("X.valid.inter", None, "X.valid.inter is missing"),
     ("X.text", b"key0 Thing\n", "columns missing 1.*line 1 .key0 Thing."),
+    ("X.text", b"item_id:token\nkey0\n", "must have 2 columns between tabs, and has 1"),
     ("X.test.inter", b"a:token\tb\tc\n0\t1\n", "columns missing 1.*line 2 .0, 1."),
     ("X.feat1CLS", b"", "finite float32 rows for 4 items, but has 0"),
     ("X.feat1CLS", b"1234" * 7, "finite float32 rows for 4 items, but has 7"),
