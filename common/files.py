@@ -272,16 +272,6 @@ def keys_sha256(keys) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
-def arrays_sha256(arrays) -> str:
-    """SHA-256 of the bytes of flat arrays, each as a line of hexadecimal digits."""
-    digest = hashlib.sha256()
-    for number, array in enumerate(arrays):
-        digest.update(b"\n" if number else b"")
-        for begin in range(0, len(array), 1 << 20):    # the digits of all would fill the memory
-            digest.update(array[begin:begin + (1 << 20)].tobytes().hex().encode())
-    return digest.hexdigest()
-
-
 # ---------------- the device
 
 def pick_device(name=None):
