@@ -7,6 +7,7 @@ Read from the top: the command, a seed, its stages, a stage, an epoch, a step. `
 import math
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from common.files import (
     UserError,
     atomic,
     command,
+    first_line,
     load_tensors,
+    memory_is_full,
     pick_device,
     precision,
     read_json,
@@ -172,7 +175,8 @@ def run_seed(job, stages, weights, seed) -> dict:
             print(f"{folder} is finished")
             result = read_json(folder / "metrics.json")
         else:
-            result = train_and_test(job, stages, weights, seed, folder)
+            with within_memory(job):
+                result = train_and_test(job, stages, weights, seed, folder)
     epochs = f"{result['epochs']} epochs on everything, nothing is tested"
     if job.dataset.is_tested:
         print(f"\n{evaluate.table(job.label, [result])}")
@@ -183,6 +187,22 @@ def run_seed(job, stages, weights, seed) -> dict:
     if scale:
         print(f"{scale}\n", flush=True)
     return result
+
+
+@contextmanager
+def within_memory(job):
+    """Raises UserError where the memory of the device, or of the machine, is not enough."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory_is_full(error):
+            raise
+        sizes = [f"--{name} (now {getattr(job.cfg, name)})"
+                 for name in ("batch_size", "max_len", "dim") if hasattr(job.cfg, name)]
+        raise UserError(
+            f"the memory of {job.device} is full ({first_line(error)}): lower {', '.join(sizes)}, "
+            f"or end what else uses it; what was finished is on disk"
+        ) from None
 
 
 def train_and_test(job, stages, weights, seed, folder) -> dict:
@@ -336,10 +356,9 @@ def compiled(forward):
             makers = ("torch._dynamo", "torch._inductor", "triton")
             if not type(error).__module__.startswith(makers):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"--compile cannot be used here ({reason}): it needs a C++ compiler, and Triton on "
-                f"a GPU; leave it out"
+                f"--compile cannot be used here ({first_line(error)}): it needs a C++ compiler, "
+                f"and Triton on a GPU; leave it out"
             ) from None
     return call
 

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import random
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from common.files import (
     alone_in,
     atomic,
     load_tensors,
+    naming,
     pick_device,
     read_json,
     save_tensors,
@@ -249,7 +250,8 @@ def cut_log(path, saved):
 
 
 def append_log(folder, line):
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+    path = folder / "log.jsonl"
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -304,22 +306,23 @@ def run_folder(folder, settings, resume):
     An earlier run there is renamed, never overwritten; it gets its name back from a run that is
     refused in its first epoch.
     """
-    aside = None
-    resumed = resume and (folder / "config.json").is_file()
-    if not resumed:
-        if resume:
-            print(f"--resume finds no run in {folder}: a new one begins", flush=True)
-        if folder.exists():
-            with alone_in(folder, wait=False):
-                aside = set_aside(folder)
-            print(f"an earlier run is now {aside}")
-        write_json(folder / "config.json", settings)
-    with alone_in(folder, wait=False):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as alone:
+        with alone_in(folder.parent):    # two processes may begin the same run
+            resumed = resume and (folder / "config.json").is_file()
+            aside = None
+            if not resumed:
+                aside = make_room(folder)
+            if resume and not resumed:
+                print(f"--resume finds no run in {folder}: a new one begins", flush=True)
+            alone.enter_context(alone_in(folder, wait=False))
+            if not resumed:
+                write_json(folder / "config.json", settings)
         if resumed:
             make_longer(folder, settings, refuse_other_settings(folder, settings))
         try:
             yield
-        except UserError:
+        except (UserError, OSError):
             log = folder / "log.jsonl"
             begun = log.is_file() and log.stat().st_size
             if aside and not begun:
@@ -327,6 +330,17 @@ def run_folder(folder, settings, resume):
                 aside.rename(folder)
                 print(f"{aside} is {folder} again")
             raise
+
+
+def make_room(folder):
+    """Make an empty folder for a run -> the new name of an earlier run there, or None."""
+    aside = None
+    if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
+        with alone_in(folder, wait=False):
+            aside = set_aside(folder)
+        print(f"an earlier run is now {aside}")
+    folder.mkdir(exist_ok=True)    # it may be there, from a process that was killed at its start
+    return aside
 
 
 def has_settings(folder, settings) -> bool:
