@@ -27,8 +27,7 @@ from common.files import (
     alone_in,
     atomic,
     command,
-    empty_folder_for,
-    naming,
+    filled,
     save_tensors,
     set_aside,
     write_json,
@@ -254,8 +253,7 @@ def export(folder, run, ranker):
         of_users[torch.as_tensor(chunk)] = vectors.float().cpu()
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder.parent), naming(folder):
-        made = empty_folder_for(folder)
+    with alone_in(folder.parent), filled(folder, "about.json") as made:
         write_lines(made / "items.txt", [item["key"] for item in dataset.items[1:]])
         write_lines(made / "users.txt", keys_of_users(dataset))
         save_tensors(made / "items.safetensors", {"vectors": of_items[1:].float().cpu()})

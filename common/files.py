@@ -69,7 +69,7 @@ def sentence_of(error) -> str:
         advice = "look at what is there and run the same command again"
     if error.filename is None:    # of no file: a pipe that was closed, a network
         return str(error)
-    return f"{error.filename} cannot be read or written ({error.strerror or error}): {advice}"
+    return f"{error.filename} cannot be read or written ({error.strerror}): {advice}"
 
 
 def memory_is_full(error) -> bool:
@@ -138,18 +138,28 @@ def reserved(path) -> tuple:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}"), None
 
 
-def empty_folder_for(out) -> Path:
-    """Where a folder is made before it gets its name. What a killed process has left is removed:
-    call it alone in the folder above."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if has_locks(out.parent):
-        made = unfinished(out)
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-    else:    # another process may be making the same
-        made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    made.chmod(0o755)
-    return made
+@contextmanager
+def filled(out, last):
+    """An empty folder, to be filled and then renamed to `out`, while alone in the folder above.
+
+    It goes where that fails, and what a killed process has left of it goes first. last: the file
+    that is written last; a folder that has it and whose elder was set aside already is kept.
+    """
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if has_locks(out.parent):
+            made = unfinished(out)
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+        else:    # another process may be making the same
+            made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        made.chmod(0o755)
+        try:
+            yield made
+        except BaseException:
+            if out.exists() or not (made / last).is_file():
+                shutil.rmtree(made, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -159,10 +169,9 @@ def naming(path):
         yield
     except OSError as error:
         own = str(unfinished(path)).removesuffix("unfinished")
-        if error.filename is None or str(error.filename).startswith(own):
-            error.filename = str(path)
-            error.filename2 = None
-        raise
+        if error.filename is not None and not str(error.filename).startswith(own):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def write_json(path, value):

@@ -335,11 +335,12 @@ def run_folder(folder, settings, resume):
 def make_room(folder):
     """Make an empty folder for a run -> the new name of an earlier run there, or None."""
     aside = None
-    if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
+    empty = folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
+    if folder.exists() and not empty:
         with alone_in(folder, wait=False):
             aside = set_aside(folder)
         print(f"an earlier run is now {aside}")
-    folder.mkdir(exist_ok=True)    # it may be there, from a process that was killed at its start
+    folder.mkdir(exist_ok=True)    # an empty one is left where a process was killed at its start
     return aside
 
 

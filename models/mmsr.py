@@ -552,9 +552,9 @@ class Cached:
             self.fill(partial, bottom, dtype, device)
             os.replace(partial, path)
         except OSError as error:
-            if error.filename in (None, str(partial)):    # a full disk names no file
-                error.filename, error.filename2 = str(path), None
-            raise
+            if error.filename not in (None, str(partial)):    # a full disk names no file
+                raise
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         finally:
             partial.unlink(missing_ok=True)
         n, size = len(bottom), path.stat().st_size

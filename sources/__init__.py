@@ -26,7 +26,6 @@ import os
 import pkgutil
 import re
 import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +36,8 @@ from common.files import (
     UserError,
     alone_in,
     atomic,
-    empty_folder_for,
+    filled,
     keys_sha256,
-    naming,
     read_json,
     set_aside,
     sha256,
@@ -340,7 +338,7 @@ def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
     if not raw.parts:
         del sequences["parts"]
 
-    with naming(out), made_whole(out) as made:
+    with filled(out, "source.json") as made:
         write_items(made, keys, raw.catalog)
         write_arrays(made / "sequences.npz", sequences)
         with atomic(made / "users.txt") as file:
@@ -357,18 +355,6 @@ def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
         keep_features(out, made, what_is_made["items_sha256"])
         write_json(made / "source.json", about | what_is_made)    # last: the folder is whole
         take_place(made, out, reason)
-
-
-@contextmanager
-def made_whole(out):
-    """An empty folder to be filled and renamed; what is filled by half goes."""
-    made = empty_folder_for(out)
-    try:
-        yield made
-    except BaseException:
-        if out.exists() or not (made / "source.json").is_file():    # else `finish` renames it
-            shutil.rmtree(made, ignore_errors=True)
-        raise
 
 
 def about_data(raw, keys, sequences) -> dict:
