@@ -81,13 +81,15 @@ def features(dataset, modality, text=None, image=None, device=None, reads=None) 
     """
     encoder = encoders(dataset, text, image)[modality]
     path = feature_path(dataset.folder, modality, encoder)
-    if not path.is_file() or inputs_changed(dataset, modality, encoder):
+    parts = parts_of(path)
+    if parts.exists() or not path.is_file() or inputs_changed(dataset, modality, encoder):
         with alone_in(dataset.folder):    # another process may have made it meanwhile
             if path.is_file() and inputs_changed(dataset, modality, encoder):
                 print(f"the {modality} inputs of {dataset.name} have changed: their old features "
                       f"are now {set_aside(path)}")
             if not path.is_file():
                 extract(dataset, modality, encoder, pick_device(device))
+            shutil.rmtree(parts, ignore_errors=True)
     for note in about_features(path, keys_of(dataset), encoder)["notes"]:
         print(f"note: {note}", flush=True)
     vectors, index = read_features(path, dataset.n_items)
@@ -171,6 +173,11 @@ def fingerprint(inputs, modality) -> str:
 
 # ---------------- encoding, part by part
 
+def parts_of(path) -> Path:
+    """The folder of what is encoded so far of a feature file; it goes when the file is there."""
+    return path.with_suffix(".parts")
+
+
 def extract(dataset, modality, encoder, device):
     """Encode one modality of all items and write its feature file: MSM4SR eqs. (1), (2).
 
@@ -183,7 +190,6 @@ def extract(dataset, modality, encoder, device):
         dataset.fetch_pictures()
     which, inputs = inputs_of(dataset, modality)
     path = feature_path(dataset.folder, modality, encoder)
-    parts = path.with_suffix(".parts")
     vectors = np.zeros((0, 1), np.float32)
     about = {"inputs": len(inputs), "inputs_sha256": fingerprint(inputs, modality)}
     if inputs:
@@ -192,7 +198,9 @@ def extract(dataset, modality, encoder, device):
         about |= {"template": TEMPLATE[modality], **model.about}
         made_of = {"encoder": encoder, **about}
         of_part = partial(encode, model, encoder)
-        vectors, failures, cut = in_parts(parts, of_part, inputs, PART[modality], made_of)
+        vectors, failures, cut = in_parts(
+            parts_of(path), of_part, inputs, PART[modality], made_of
+        )
         notes = what_failed(dataset, encoder, vectors, failures)
         about |= {"failures": failures, "texts_cut": cut, "notes": notes}
     index = np.zeros((len(which), max(1, *map(len, which))), np.int64)    # (N, S)
@@ -200,7 +208,6 @@ def extract(dataset, modality, encoder, device):
         row[:len(numbers)] = np.array(numbers, np.int64) + 1
     keys = keys_of(dataset)
     write_features(dataset.folder, modality, encoder, vectors, index, keys, about)
-    shutil.rmtree(parts, ignore_errors=True)
 
 
 def take_over(dataset, modality, file):

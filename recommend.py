@@ -22,7 +22,17 @@ import numpy as np
 import torch
 
 from common.features import KEYS
-from common.files import UserError, atomic, command, read_text, save_tensors, set_aside, write_json
+from common.files import (
+    UserError,
+    alone_in,
+    atomic,
+    command,
+    filled,
+    read_text,
+    save_tensors,
+    set_aside,
+    write_json,
+)
 from common.progress import Bar
 from data import Rows
 from evaluate import chunk_size, in_chunks, ranking, rows_in
@@ -222,8 +232,8 @@ def export(folder, run, ranker):
     """Write users' and items' vectors whose products rank as the model does.
 
     items.safetensors and users.safetensors have "vectors" (N, D) and (U, D); items.txt and
-    users.txt the keys of their rows; about.json, written last, says what they are. Raises UserError
-    for a model without `as_product`.
+    users.txt the keys of their rows; about.json says what they are. The folder is there whole or
+    not at all. Raises UserError for a model without `as_product`.
     """
     if not hasattr(ranker.model, "as_product"):
         raise UserError(
@@ -239,19 +249,23 @@ def export(folder, run, ranker):
         if of_users is None:
             of_users = torch.empty(len(rows), vectors.shape[1])
         of_users[torch.as_tensor(chunk)] = vectors.float().cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_lines(folder / "items.txt", [item["key"] for item in dataset.items[1:]])
-    write_lines(folder / "users.txt", keys_of_users(dataset))
-    save_tensors(folder / "items.safetensors", {"vectors": of_items[1:].float().cpu()})
-    save_tensors(folder / "users.safetensors", {"vectors": of_users})
-    write_json(folder / "about.json", {
-        "run": str(run.folder.resolve()),
-        "model": run.settings["model"],
-        "users": dataset.n_users,
-        "items": len(dataset.items) - 1,
-        "width": of_users.shape[1],
-        "score": "users @ items.T ranks as the model does; histories are not left out",
-    })
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder.parent), filled(folder, "about.json") as made:
+        write_lines(made / "items.txt", [item["key"] for item in dataset.items[1:]])
+        write_lines(made / "users.txt", keys_of_users(dataset))
+        save_tensors(made / "items.safetensors", {"vectors": of_items[1:].float().cpu()})
+        save_tensors(made / "users.safetensors", {"vectors": of_users})
+        write_json(made / "about.json", {
+            "run": str(run.folder.resolve()),
+            "model": run.settings["model"],
+            "users": dataset.n_users,
+            "items": len(dataset.items) - 1,
+            "width": of_users.shape[1],
+            "score": "users @ items.T ranks as the model does; histories are not left out",
+        })
+        keep_earlier(folder)
+        made.rename(folder)
 
 
 def write_lines(path, lines):
@@ -337,8 +351,10 @@ def main():
 
 
 def keep_earlier(path):
-    """Give a file that is in the way another name, and say so."""
-    if path.is_file():
+    """Give a file or folder that is in the way another name, and say so."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    if path.exists():
         print(f"an earlier {path} is now {set_aside(path)}", file=sys.stderr)
 
 

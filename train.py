@@ -7,6 +7,7 @@ Read from the top: the command, a seed, its stages, a stage, an epoch, a step. `
 import math
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from common.files import (
     command,
     first_line,
     load_tensors,
+    memory_is_full,
     pick_device,
     precision,
     save_tensors,
@@ -174,7 +176,8 @@ def run_seed(job, stages, weights, seed) -> dict:
             form = runs.TESTED if job.dataset.is_tested else runs.TRAINED
             result = runs.read_metrics(folder, form, AGAIN)
         else:
-            result = train_and_test(job, stages, weights, seed, folder)
+            with within_memory(job):
+                result = train_and_test(job, stages, weights, seed, folder)
     epochs = f"{result['epochs']} epochs on everything, nothing is tested"
     if job.dataset.is_tested:
         print(f"\n{evaluate.table(job.label, [result])}")
@@ -185,6 +188,22 @@ def run_seed(job, stages, weights, seed) -> dict:
     if scale:
         print(f"{scale}\n", flush=True)
     return result
+
+
+@contextmanager
+def within_memory(job):
+    """Raises UserError where the memory of the device, or of the machine, is not enough."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory_is_full(error):
+            raise
+        sizes = [f"--{name} (now {getattr(job.cfg, name)})"
+                 for name in ("batch_size", "max_len", "dim") if hasattr(job.cfg, name)]
+        raise UserError(
+            f"the memory of {job.device} is full ({first_line(error)}): lower {', '.join(sizes)}, "
+            f"or end what else uses it; what was finished is on disk"
+        ) from None
 
 
 def train_and_test(job, stages, weights, seed, folder) -> dict:

@@ -3,10 +3,13 @@
 Every file is written under a temporary name, synced, and renamed: whoever opens it finds the old
 one or the new one, never half of one. Nothing is pickled.
 """
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -42,23 +45,46 @@ def command(main):
             stream.reconfigure(errors="replace")
     try:
         sys.exit(main() or 0)
-    except (UserError, OSError) as error:    # OSError: a full disk, a read-only folder
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:    # a full disk, a read-only folder
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not memory_is_full(error):
             raise
-        print(f"error: there is not enough memory ({first_line(error)}): a smaller --batch_size, "
-              f"--dim or --max_len needs less", file=sys.stderr)
+        print(f"error: the memory is full ({first_line(error)}): end what else uses it, or give "
+              f"--device cpu or less data", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is on disk", file=sys.stderr)
         sys.exit(130)
 
 
-def is_out_of_memory(error) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def sentence_of(error) -> str:
+    """What an OSError says of which file, and what to do."""
+    if error.errno in FULL:
+        advice = "make room there and run the same command again"
+    elif error.errno in FORBIDDEN:
+        advice = "ask for the right to, or work in another folder"
+    else:
+        advice = "look at what is there and run the same command again"
+    if error.filename is None:    # of no file: a pipe that was closed, a network
+        return str(error)
+    return f"{error.filename} cannot be read or written ({error.strerror}): {advice}"
+
+
+def memory_is_full(error) -> bool:
+    """Whether an error says that there is no more memory, of a GPU or of the machine."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    told = str(error)
+    return any(words in told for words in ("out of memory", "can't allocate memory"))
 
 
 # ---------------- writing and reading
@@ -67,20 +93,88 @@ def is_out_of_memory(error) -> bool:
 def atomic(path, mode="w"):
     """Open a temporary file beside `path`; on success it takes the place of `path` in one step."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        if hasattr(os, "fchmod"):    # not everywhere on Windows
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, lock = reserved(path)
+        try:
+            with open(temporary, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def unfinished(path) -> Path:
+    """The name of a file or folder until it is whole."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def reserved(path) -> tuple:
+    """(the name under which a file is written, a handle that keeps others from it until closed).
+
+    It is always the same name, so that what a killed process has left under it is written over.
+    Where there are no locks, every writer has a name of its own, and no handle.
+    """
+    name = unfinished(path)
+    while fcntl is not None:
+        try:
+            handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        except OSError:    # what lies there is not ours to write
+            break
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)    # waits for another process
+        except OSError:    # a file system without locks
+            os.close(handle)
+            name.unlink()
+            break
+        if name.exists() and os.path.samestat(os.fstat(handle), name.stat()):
             os.fchmod(handle, 0o644)
-        with os.fdopen(handle, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            return name, handle
+        os.close(handle)    # the other process has renamed it
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}"), None
+
+
+@contextmanager
+def filled(out, last):
+    """An empty folder, to be filled and then renamed to `out`, while alone in the folder above.
+
+    It goes where that fails, and what a killed process has left of it goes first. last: the file
+    that is written last; a folder that has it and whose elder was set aside already is kept.
+    """
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if has_locks(out.parent):
+            made = unfinished(out)
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+        else:    # another process may be making the same
+            made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        made.chmod(0o755)
+        try:
+            yield made
+        except BaseException:
+            if out.exists() or not (made / last).is_file():
+                shutil.rmtree(made, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def naming(path):
+    """Let an OSError from within name this file, and not the temporary one or none at all."""
+    try:
+        yield
+    except OSError as error:
+        own = str(unfinished(path)).removesuffix("unfinished")
+        if error.filename is not None and not str(error.filename).startswith(own):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def write_json(path, value):
@@ -197,6 +291,22 @@ def load_arrays(path, advice=AGAIN) -> dict:
             return dict(file)
     except Exception as error:    # a truncated or foreign file can raise almost anything
         raise UserError(f"{path} cannot be read ({first_line(error)}): {advice}") from None
+
+
+def has_locks(folder) -> bool:
+    """Whether processes can keep each other out here; not on Windows and some network disks."""
+    if fcntl is None:
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def set_aside(path):

@@ -29,7 +29,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
-from .files import UserError, atomic, set_aside, sha256
+from .files import FULL, UserError, alone_in, atomic, naming, set_aside, sha256
 from .pictures import SUFFIX, BadPicture, converted, opened
 from .progress import Bar
 
@@ -257,6 +257,7 @@ def download(urls, target, expected=None, strict=False, tries=2, timeout=10, dea
                 accept(part, place, expected, strict)
                 return place
             except (OSError, http.client.HTTPException, ValueError) as error:
+                refuse_if_of_the_disk(error, part)
                 reasons[url] = reason_of(error, timeout)
                 if getattr(error, "code", None) == 416:
                     part.unlink(missing_ok=True)    # it is longer than the file: not the same file
@@ -273,6 +274,14 @@ def download(urls, target, expected=None, strict=False, tries=2, timeout=10, dea
         f"{target.name} could not be downloaded ({listed}): fetch it by hand, put it into "
         f"{target.parent.resolve()} under the name {target.name}, and run the same command again"
     )
+
+
+def refuse_if_of_the_disk(error, part):
+    """Raise an error again that no other address can help with: the disk is full, or locked."""
+    if getattr(error, "errno", None) in FULL:
+        error.filename = str(part)
+    if getattr(error, "filename", None):    # errors of the network name no file
+        raise error
 
 
 def place_of(url, target) -> Path:
@@ -388,18 +397,25 @@ def fetch_pictures(items, folder, rules=None, threads=8, longest=30, most=10_000
     runs have settled is not asked again; failures that may pass are tried in 3 runs. A run in
     which nobody answers ends early and records none.
 
+    Of two processes at once the second waits, and finds what the first has brought.
+
     Returns how many of the addresses have which status: "ok", "http 404", "not a picture",
     "too large", "refused", "timeout", "no connection", or "left" for the next run.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rules = rules or Rules()
+    with alone_in(folder):
+        return fetch_alone(items, folder, rules or Rules(), threads, longest, most)
+
+
+def fetch_alone(items, folder, rules, threads, longest, most) -> dict:
+    """fetch_pictures, while no other process works in the folder."""
     manifest = Manifest(folder)
     jobs = manifest.jobs(items, rules)
     random.shuffle(jobs)    # so that the first ones speak for all hosts
     crew = Crew(folder, rules, longest, most)
     silent = []             # answers that never came, kept back until somebody answers
-    with manifest.appending() as file, ThreadPool(threads) as pool:
+    with ThreadPool(threads) as pool, naming(manifest.path), manifest.appending() as file:
         rows = pool.imap_unordered(crew.picture, jobs)
         try:
             for row in Bar("fetching pictures", len(jobs)).over(rows):

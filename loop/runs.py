@@ -14,7 +14,7 @@ import json
 import os
 import random
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from common.files import (
     atomic,
     has_form,
     load_tensors,
+    naming,
     pick_device,
     read_json,
     save_tensors,
@@ -317,7 +318,8 @@ def parsed(line):
 
 
 def append_log(folder, line):
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+    path = folder / "log.jsonl"
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -383,22 +385,23 @@ def run_folder(folder, settings, resume):
     An earlier run there is renamed, never overwritten; it gets its name back from a run that is
     refused in its first epoch.
     """
-    aside = None
-    resumed = resume and (folder / "config.json").is_file()
-    if not resumed:
-        if resume:
-            print(f"--resume finds no run in {folder}: a new one begins", flush=True)
-        if folder.exists():
-            with alone_in(folder, wait=False):
-                aside = set_aside(folder)
-            print(f"an earlier run is now {aside}")
-        write_json(folder / "config.json", settings)
-    with alone_in(folder, wait=False):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as alone:
+        with alone_in(folder.parent):    # two processes may begin the same run
+            resumed = resume and (folder / "config.json").is_file()
+            aside = None
+            if not resumed:
+                aside = make_room(folder)
+            if resume and not resumed:
+                print(f"--resume finds no run in {folder}: a new one begins", flush=True)
+            alone.enter_context(alone_in(folder, wait=False))
+            if not resumed:
+                write_json(folder / "config.json", settings)
         if resumed:
             make_longer(folder, settings, refuse_other_settings(folder, settings))
         try:
             yield
-        except UserError:
+        except (UserError, OSError):
             log = folder / "log.jsonl"
             begun = log.is_file() and log.stat().st_size
             if aside and not begun:
@@ -406,6 +409,18 @@ def run_folder(folder, settings, resume):
                 aside.rename(folder)
                 print(f"{aside} is {folder} again")
             raise
+
+
+def make_room(folder):
+    """Make an empty folder for a run -> the new name of an earlier run there, or None."""
+    aside = None
+    empty = folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
+    if folder.exists() and not empty:
+        with alone_in(folder, wait=False):
+            aside = set_aside(folder)
+        print(f"an earlier run is now {aside}")
+    folder.mkdir(exist_ok=True)    # an empty one is left where a process was killed at its start
+    return aside
 
 
 def has_settings(folder, settings) -> bool:

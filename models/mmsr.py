@@ -62,7 +62,7 @@ import time
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -74,6 +74,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
+try:
+    import fcntl
+except ImportError:    # Windows has none
+    fcntl = None
+
 CATALOG = {
     "n_items": "int N; item ids are 1..N, 0 is padding",
     "titles": "list of N+1 strings, the first for padding",
@@ -83,7 +88,6 @@ CATALOG = {
 READS = ("titles", "image_paths", "train_seqs")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")    # of pictures that are opened
 THIN = 100       # longer side / shorter side; above it a picture is not read
-STALE = 3600     # seconds after which a half-written cache is a killed run's
 
 
 @dataclass
@@ -479,6 +483,28 @@ def lengths_of(bottom, tokens, n):
     return [length + of_picture for length in words]
 
 
+@contextmanager
+def alone_in(folder):
+    """Work in a folder, made if need be, while no other process does: the others wait.
+
+    Yields False where there are no locks: on Windows, and on some network disks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        alone = True
+    except OSError:
+        alone = False
+    try:
+        yield alone
+    finally:
+        os.close(handle)
+
+
 class Cached:
     """The hidden states of all rows at the boundary, computed once and kept on disk.
 
@@ -490,10 +516,11 @@ class Cached:
         dtype = np.dtype(np.float16 if cfg.cache == "fp16" else np.float32)
         name = f"{bottom.modality}-{bottom.fingerprint()}.{cfg.cache}.npy"
         path = Path(cfg.cache_dir) / name
-        hidden = self.opened(path, bottom, width, dtype)
-        if hidden is None:
-            self.make(path, bottom, dtype, device)
+        with alone_in(path.parent) as alone:
             hidden = self.opened(path, bottom, width, dtype)
+            if hidden is None:
+                self.make(path, bottom, dtype, device, alone)
+                hidden = self.opened(path, bottom, width, dtype)
         self.hidden = torch.from_numpy(hidden)
         lengths = lengths_of(bottom, len(hidden), len(bottom))
         # where each row's tokens begin
@@ -516,18 +543,19 @@ class Cached:
         print(f"{path} is damaged: it is made again", flush=True)
         return None
 
-    def make(self, path, bottom, dtype, device):
-        """Fill the file under another name, then rename it: it is there whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{path.name}.*"):    # by a run that was killed
-            with suppress(FileNotFoundError):              # it has just been renamed
-                if time.time() - left.stat().st_mtime > STALE:
-                    left.unlink()
-        partial = Path(f"{path}.{uuid.uuid4().hex[:8]}")
+    def make(self, path, bottom, dtype, device, alone):
+        """Fill the file under another name, then rename it: it is there whole or not at all. What
+        a killed run has left under that name is written over."""
+        end = "unfinished" if alone else uuid.uuid4().hex[:8]
+        partial = Path(f"{path}.{end}")
         begin = time.time()
         try:
             self.fill(partial, bottom, dtype, device)
             os.replace(partial, path)
+        except OSError as error:
+            if error.filename not in (None, str(partial)):    # a full disk names no file
+                raise
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         finally:
             partial.unlink(missing_ok=True)
         n, size = len(bottom), path.stat().st_size

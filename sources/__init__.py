@@ -23,10 +23,10 @@ file is on the command line at once.
 """
 import importlib
 import json
+import os
 import pkgutil
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,13 @@ from common.files import (
     alone_in,
     arrays_sha256,
     atomic,
+    filled,
     has_form,
     keys_sha256,
     read_json,
     set_aside,
     sha256,
+    unfinished,
     write_json,
 )
 from common.tables import Raw, first_of_each
@@ -114,6 +116,7 @@ def prepare(where, root="data", core=None, mirror=None, by=None) -> Path:
         return order.out
     order.out.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(order.out.parent):
+        finish(order.out)
         changed = what_changed(order)
         if changed is not None:    # else another process has made it meanwhile
             carry_out(order, mirror, changed)
@@ -389,9 +392,7 @@ def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
     if raw.parts is None:
         del sequences["parts"]
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with filled(out, "source.json") as made:
         write_items(made, keys, raw.catalog)
         write_arrays(made / "sequences.npz", sequences)
         with atomic(made / "users.txt") as file:
@@ -405,10 +406,9 @@ def build(raw: Raw, out: Path, about: dict, reason="its source has changed"):
             origin = {"weights": "given with the data"}
             write_features(made, modality, encoder, rows, index, keys, origin)
         what_is_made = about_data(raw, keys, sequences) | {"counts": columns.steps}
-        write_json(made / "source.json", about | what_is_made)
+        keep_features(out, made, what_is_made["items_sha256"])
+        write_json(made / "source.json", about | what_is_made)    # last: the folder is whole
         take_place(made, out, reason)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def about_data(raw, keys, sequences) -> dict:
@@ -487,27 +487,36 @@ def write_arrays(path, arrays):
         np.savez(file, **arrays)
 
 
-def take_place(made, out, reason):
-    """Put a folder that is ready in its place. An older one is kept aside, but for its features,
-    which stay where they are used if the items are the same."""
-    aside = set_aside(out) if out.exists() else None
-    made.chmod(0o755)
-    made.rename(out)
-    if aside is None:
+def finish(out):
+    """Give its name to a folder that a killed process had made whole, and its elder set aside."""
+    made = unfinished(out)
+    if not out.exists() and (made / "source.json").is_file():
+        made.rename(out)
+
+
+def keep_features(old, new, items_sha256):
+    """Give a new folder the feature files of the one before, where the items are the same: the
+    same files under a second name, or copies where the disk has no such thing."""
+    if not (old / "source.json").is_file():
         return
-    print(f"{out}: {reason}; the old folder is now {aside}", flush=True)
-    if (aside / "source.json").is_file():
-        before, now = read_about(aside), read_about(out)
-        if before.get("items_sha256") == now["items_sha256"]:
-            move_features(aside / "features", out / "features")
+    if read_about(old).get("items_sha256") != items_sha256:
+        return
+    for path in sorted((old / "features").glob("*")):
+        place = new / "features" / path.name
+        if path.is_file() and not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:
+                shutil.copy2(path, place)
 
 
-def move_features(old, new):
-    """Move the feature files that the new folder does not have."""
-    for path in sorted(old.glob("*")):
-        if not (new / path.name).exists():
-            new.mkdir(exist_ok=True)
-            path.rename(new / path.name)
+def take_place(made, out, reason):
+    """Give a folder that is ready its name; an older one is kept aside."""
+    aside = set_aside(out) if out.exists() else None
+    made.rename(out)
+    if aside is not None:
+        print(f"{out}: {reason}; the old folder is now {aside}", flush=True)
 
 
 def occurring(numbers):

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.files import load_arrays, read_json, write_json
+from common.files import load_arrays, naming, read_json, write_json
 from common.tables import Keys, Raw
 
 from .demo_goods import describe, draw
@@ -537,7 +537,9 @@ def fetch(name, raw, mirror=None):
         if arrays["pictured"][i]:
             looks = {name: arrays[name][i] for name in (*LOOK, "category")}
             picture = draw(**looks | details[i - 1], jitter=jitter[i - 1])
-            Image.fromarray(picture).save(folder / f"{key}.png")
+            path = folder / f"{key}.png"
+            with naming(path):
+                Image.fromarray(picture).save(path)
     write_json(done, asdict(world))
     return done.parent
 

@@ -18,6 +18,7 @@ from common.files import (
     arrays_sha256,
     atomic,
     command,
+    filled,
     has_form,
     keys_sha256,
     load_tensors,
@@ -72,6 +73,105 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
             raise RuntimeError
     assert read_json(tmp_path / "a.json") == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_a_killed_writer_has_left_is_written_over(tmp_path):
+    left = files.unfinished(tmp_path / "a.json")
+    left.write_text("half of something long" * 99)
+    left.chmod(0o600)
+    write_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "a.json").read_text() == "1\n"
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o644
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_lies_in_the_way_of_a_temporary_file_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    files.unfinished(tmp_path / "a.json").symlink_to(tmp_path / "mine")
+    write_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "mine").read_text() == "mine" and read_json(tmp_path / "a.json") == 1
+
+
+def test_of_two_writers_of_a_file_the_second_waits(tmp_path):
+    def second():
+        with atomic(tmp_path / "a.txt") as file:
+            file.write("second")
+
+    with atomic(tmp_path / "a.txt") as file:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(.1)
+        assert thread.is_alive()
+        file.write("first" * 99)
+    thread.join(10)
+    assert (tmp_path / "a.txt").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("without", ["locks", "fcntl"])
+def test_without_locks_every_writer_has_a_name_of_its_own(tmp_path, monkeypatch, without):
+    take_locks(monkeypatch, without)
+    with atomic(tmp_path / "a.txt") as one:
+        with atomic(tmp_path / "a.txt") as two:
+            two.write("two")
+        one.write("one")
+        assert (tmp_path / "a.txt").read_text() == "two"
+    assert (tmp_path / "a.txt").read_text() == "one"
+    with filled(tmp_path / "b", "last") as one, filled(tmp_path / "b", "last") as two:
+        assert one != two
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def take_locks(monkeypatch, how):
+    def no_locks(*args):
+        raise OSError("this file system has no locks")
+
+    if how == "locks":
+        monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    else:
+        monkeypatch.setattr(files, "fcntl", None)    # as on Windows
+
+
+@pytest.mark.parametrize("renamed, last, kept", [
+    (False, False, False), (False, True, False), (True, False, False), (True, True, True),
+])
+def test_a_folder_that_is_filled_by_half_goes(tmp_path, renamed, last, kept):
+    """One that is whole, and whose elder has given up its name, stays for the next start."""
+    out = tmp_path / "out"
+    if not renamed:
+        out.mkdir()
+    files.unfinished(out).mkdir()
+    (files.unfinished(out) / "of a killed process").touch()
+    with pytest.raises(KeyboardInterrupt):
+        with filled(out, "last") as made:
+            assert list(made.iterdir()) == []
+            if last:
+                (made / "last").touch()
+            raise KeyboardInterrupt
+    assert made.exists() == kept and out.exists() != renamed
+
+
+@pytest.mark.parametrize("error, told", [
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (OSError("5 requested and 3 written"), "5 requested and 3 written"),
+], ids=["full", "numpy's"])
+def test_an_error_names_the_file_that_the_user_knows(tmp_path, capsys, error, told):
+    def main():
+        with atomic(tmp_path / "a.json"):
+            raise error
+
+    with pytest.raises(SystemExit) as end:
+        command(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: {tmp_path / 'a.json'} cannot be read or written ({told}): "
+    )
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        with atomic(tmp_path / "a.json"):
+            open(tmp_path / "nowhere")
 
 
 def test_what_is_written_is_for_all_to_read_and_the_same_everywhere(tmp_path):
@@ -218,13 +318,7 @@ def test_the_lock_ends_with_its_work_however_that_ends(tmp_path):
 
 @pytest.mark.parametrize("without", ["locks", "fcntl"])
 def test_without_locks_the_work_goes_on(tmp_path, monkeypatch, without):
-    def no_locks(*args):
-        raise OSError("this file system has no locks")
-
-    if without == "locks":
-        monkeypatch.setattr(files.fcntl, "flock", no_locks)
-    else:
-        monkeypatch.setattr(files, "fcntl", None)    # as on Windows
+    take_locks(monkeypatch, without)
     done = []
     with alone_in(tmp_path):
         done.append(1)

@@ -3,6 +3,8 @@ import copy
 import json
 import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -1199,16 +1201,43 @@ def test_a_damaged_cache_is_made_again(tmp_path, damage, modality, capsys):
     assert "damaged" not in capsys.readouterr().out
 
 
-def test_what_a_killed_run_left_of_a_cache_is_removed(tmp_path):
-    make(tmp_path).eval().encode_items()
+@pytest.mark.parametrize("without", [None, "locks", "fcntl"])
+def test_what_a_killed_run_left_of_a_cache_is_written_over(tmp_path, monkeypatch, without):
+    def no_locks(*args):
+        raise OSError("this file system has no locks")
+
+    if without == "locks":
+        monkeypatch.setattr(mmsr.fcntl, "flock", no_locks)
+    elif without == "fcntl":
+        monkeypatch.setattr(mmsr, "fcntl", None)    # as on Windows
+    whole = make(tmp_path).eval().encode_items()
     [path] = (tmp_path / "cache").glob("text-*")
-    old, new = path.with_name(path.name + ".1a2b3c4d"), path.with_name(path.name + ".5e6f7a8b")
-    for left in (old, new):
-        left.write_bytes(b"half")
-    os.utime(old, (0, 0))
+    left = path.with_name(path.name + ".unfinished")
+    left.write_bytes(b"half" * path.stat().st_size)
     path.unlink()
-    make(tmp_path).eval().encode_items()
-    assert path.is_file() and not old.exists() and new.exists()    # new: perhaps in the making
+    assert make(tmp_path).eval().encode_items().equal(whole)
+    assert path.is_file() and left.exists() == (without is not None)
+
+
+def test_of_two_processes_one_fills_the_cache_and_the_other_waits(tmp_path, monkeypatch):
+    """The second is a thread here: locks know no difference."""
+    tower = make(tmp_path, cache="off").towers["text"]
+    cfg = make(tmp_path).cfg
+    fills = []
+    real = mmsr.Cached.fill
+
+    def slow(self, path, *args):
+        fills.append(path.name)
+        time.sleep(.2)
+        return real(self, path, *args)
+
+    monkeypatch.setattr(mmsr.Cached, "fill", slow)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(
+            lambda _: mmsr.Cached(tower.bottom, tower.width, cfg, CPU), range(2)
+        ))
+    assert len(fills) == 1 and made[0].hidden.equal(made[1].hidden)
+    assert [name for name in caches(tmp_path) if "unfinished" in name] == []
 
 
 def test_a_picture_changed_within_a_second_is_read_anew(tmp_path):
