@@ -466,11 +466,13 @@ class FMMSRec(nn.Module):
         count = (target != 0).sum() + (answer != 0).sum()                  # reading 15
         count = count.clamp(min=1)
         B = len(seq)
+        summed = torch.compiler.disable(SoftmaxLoss.apply)
         return {
-            "next_item": SoftmaxLoss.apply(states[:B], table["item"], target) / count,
-            "masked_item": SoftmaxLoss.apply(states[B:], table["item"], answer) / count,
+            "next_item": summed(states[:B], table["item"], target) / count,
+            "masked_item": summed(states[B:], table["item"], answer) / count,
         }
 
+    @torch.compiler.disable
     def inner_places(self, chosen):
         """Indices (R,) into the flattened places of a batch, those chosen (B, L) first.
 
@@ -536,6 +538,7 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
+@torch.compiler.disable    # its loop over chunks would be compiled anew for every shape
 def softmax_loss(states, items, target):
     """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
     if not target.is_cuda:    # a GPU would have to wait while they are counted

@@ -195,6 +195,8 @@ class ModalityEncoder(nn.Module):
         Two linear maps in a row are one, x (W_1 W_2) + (b_1 W_2 + b_2): a vector instead of a
         matrix.
         """
+        if torch.is_autocast_enabled(x.device.type):    # once: x is large, and is read twice
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = self.W_2.weight @ self.W_1.weight                         # (1, d)
         scores = F.linear(x, weight, self.W_2(self.W_1.bias))[..., 0]      # (n, S)
         lowest = torch.finfo(scores.dtype).min
@@ -565,6 +567,7 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
+@torch.compiler.disable    # its loop over chunks would be compiled anew for every shape
 def softmax_loss(states, items, target):
     """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
     if not target.is_cuda:    # a GPU would have to wait while they are counted

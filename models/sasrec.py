@@ -207,6 +207,7 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
+@torch.compiler.disable    # its loop over chunks would be compiled anew for every shape
 def softmax_loss(states, items, target):
     """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
     if not target.is_cuda:    # a GPU would have to wait while they are counted

@@ -691,6 +691,33 @@ def test_weights_start_small(name, tmp_path):
             assert weight.std().item() == pytest.approx(.02, rel=.2), key
 
 
+# ---------------- torch.compile
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_a_compiled_step_is_the_same_and_not_compiled_for_every_shape(name, tmp_path):
+    model = make(name, tmp_path, layers=1)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    fast = torch.compile(model.forward, backend=keep, dynamic=True)
+    counts = []
+    for seed, (rows, length) in enumerate([(6, 9), (5, 7), (4, 12), (3, 5), (6, 15)]):
+        batch = {key: value[:rows] for key, value in make_batch(seed, length).items()}
+        found = []
+        for step in (fast, model):
+            torch.manual_seed(0)
+            found.append({key: loss.detach() for key, loss in step(batch).items()})
+        torch.testing.assert_close(*found)
+        counts.append(len(graphs))
+    torch.compiler.reset()
+    assert 0 < counts[2] == counts[-1]
+
+
 # ---------------- what a GPU would do, seen on a CPU
 # fake tensors have shape, type and device, and raise where a value is asked for
 
