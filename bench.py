@@ -2,7 +2,7 @@
 
     python bench.py --data $DATA/beauty                    any data set; the default is demo
     python bench.py --data $DATA/beauty --text MODEL       the same, and encoding its sentences
-    python bench.py --items 500000                         memory and time on a made-up catalog
+    python bench.py --items 500000 --users 1000000         memory and time in a made-up shop
     python bench.py --only sasrec,evaluation               some of the comparisons
 
 Medians of several runs. Only the ratios mean something on another machine.
@@ -384,39 +384,56 @@ COMPARISONS = {
 }
 
 
-# ---------------- a made-up catalog of any size
+# ---------------- a made-up shop of any size
 
-def large(n_items, device):
-    """One training step and one evaluation of SRMML, with the memory they took."""
-    module = load_model_file("srmml")
+def made_shop(n_items, n_users, width=64):
+    """Users with 3 to 50 items, 10 on average, drawn by skewed popularity -> a data set, and a
+    catalog of random features for every model that is measured."""
     rng = np.random.default_rng(0)
-    flat, offsets = rng.integers(1, n_items + 1, 256 * 12), np.arange(257) * 12
-    times = np.zeros_like(flat)
+    lengths = np.minimum(3 + rng.geometric(1 / 8, n_users), 50)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    sales = (np.arange(1, n_items + 1) + 10.) ** -.8    # of an item, by its rank
+    share = sales.cumsum() / sales.sum()
+    flat = rng.permutation(n_items)[np.searchsorted(share, rng.random(offsets[-1]))] + 1
     about = {"name": "made"}
-    dataset = data.Data(Path("."), about, flat, offsets, times, n_items, "leave_one_out")
+    dataset = data.Data(
+        Path("."), about, flat, offsets, np.zeros_like(flat), n_items, "leave_one_out"
+    )
     has = torch.arange(n_items + 1) > 0
     random = torch.Generator().manual_seed(0)
-    catalog = {
-        "n_items": n_items,
-        "has_text": has,
-        "has_image": has,
-        "lang": has.long(),
-        "train_seqs": dataset.train_seqs,
-    }
+    catalog = {"n_items": n_items, "has_text": has, "has_image": has, "lang": has.long()}
+    catalog["train_seqs"] = dataset.train_seqs
     for modality in ("text", "image"):
-        catalog[modality] = torch.randn(n_items + 1, 64, generator=random) * has[:, None]
-    model = runs.build(module.Model, module.Config(), catalog, device, 0)
-    optimizer = train.optimizer_of(model, model.cfg, 1e-3)
-    rows = dataset.training_rows("sequences", 50, device)
-    trainer = train.Trainer(model, model.forward, optimizer, device, len(rows))
-    size = sum(weight.numel() for weight in model.parameters()) * 4 / 1e9
-    print(f"\nSRMML, {n_items} items, {size:.2f} GB of weights")
+        catalog[modality] = torch.randn(n_items + 1, width, generator=random) * has[:, None]
+    return dataset, catalog
+
+
+def large(name, shop, steps, device, **settings):
+    """A model on a made-up shop: its set-up, some steps, and the evaluation of 20,000 users."""
+    dataset, catalog = shop
+    module = load_model_file(name)
+    cfg = module.Config(**settings)
+    catalog = {key: catalog[key] for key in ("n_items", *module.READS)}
+    print(f"\n{name}, {dataset.n_users} users, {dataset.n_items} items, dim {cfg.dim}")
     begin = time.perf_counter()
-    train.train_epoch(trainer, rows, rng, "step")
-    say(f"one training step of {rows.lengths.sum()} targets", begin, device)
+    model = runs.build(module.Model, cfg, catalog, device, 0)
+    rows = dataset.training_rows("prefixes" if cfg.prefixes else "sequences", cfg.max_len, device)
+    say("set-up", begin, device)
+    trainer = train.Trainer(
+        model, model.forward, train.optimizer_of(model, cfg, cfg.lr), device, cfg.batch_size
+    )
+    watch = train.Watch(device)
+    batches = islice(rows.epoch(cfg.batch_size, np.random.default_rng(0)), steps + 1)
+    for number, (batch, index) in enumerate(batches):
+        if number <= 1:    # the first one makes ready
+            begin, targets = time.perf_counter(), 0
+        train.train_step(trainer, batch, watch, rows.users[index])
+        targets += len(index) if cfg.prefixes else rows.lengths[index].sum()
+    say(f"{watch.steps - 1} steps, {targets} targets", begin, device)
     begin = time.perf_counter()
-    ranks_of(model, dataset.evaluated_rows("test", 50, device), device)
-    say("evaluation of 256 users", begin, device)
+    evaluated = dataset.evaluated_rows("test", cfg.max_len, device, most=20_000)
+    ranks_of(model, evaluated, device)
+    say(f"evaluation of {len(evaluated)} users", begin, device)
 
 
 def say(what, begin, device):
@@ -438,17 +455,25 @@ def main():
     add("--data", default="demo", help="data set to measure on (default: demo)")
     add("--text", help="a Hugging Face text model: measures the encoding of sentences, too")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--items", type=int, help="instead: SRMML on a made-up catalog of so many items")
+    add("--items", type=int, help="instead: sasrec, srmml and mdsrec, or those of --only, in a "
+                                  "made-up shop of so many items")
+    add("--users", type=int, default=1000, help="its users (default: 1000)")
+    add("--steps", type=int, default=10, help="training steps in it (default: 10)")
+    add("--dim", type=int, help="width of the models in it (default: their own)")
     add("--only", help=f"some of {','.join(COMPARISONS)} (default: all)")
     add("--repeats", type=int, default=3, help="how often each contestant runs (default: 3)")
     args = parser.parse_args()
+    device = pick_device(args.device)
+    if args.items:
+        shop = made_shop(args.items, args.users)
+        settings = {"dim": args.dim} if args.dim else {}
+        for name in (args.only or "sasrec,srmml,mdsrec").split(","):
+            large(name, shop, args.steps, device, **settings)
+        return
     names = args.only.split(",") if args.only else list(COMPARISONS)
     unknown = [name for name in names if name not in COMPARISONS]
     if unknown:
         raise UserError(f"--only {unknown[0]} is unknown: give some of {', '.join(COMPARISONS)}")
-    device = pick_device(args.device)
-    if args.items:
-        return large(args.items, device)
     dataset = data.load(args.data)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{dataset.name}: {dataset.n_users} users, {dataset.n_items} items, "

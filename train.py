@@ -5,10 +5,13 @@ Read from the top: the command, a seed, its stages, a stage, an epoch, a step. `
 `runs/`; loop/runs.py says what is there and how a run is resumed.
 """
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")    # it would need a C compiler on a GPU
 
 import numpy as np
 import torch
@@ -278,7 +281,7 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
     forward = compiled(model.forward) if job.args.compile else model.forward
     trainer = Trainer(
         model, forward, optimizer, job.device, job.cfg.batch_size,
-        clip_norm=getattr(job.cfg, "clip_norm", 0),
+        clip_norm=getattr(job.cfg, "clip_norm", 0), precision=job.args.precision,
     )
     while not is_over(stage, progress):
         begin = time.perf_counter()
@@ -378,6 +381,7 @@ class Trainer:
     device: torch.device
     batch_size: int
     clip_norm: float = 0         # largest norm of the gradient; 0: any
+    precision: str = "bfloat16"  # of products, on a GPU
 
     @property
     def weights(self):
@@ -404,7 +408,7 @@ def train_epoch(trainer, rows, rng, where) -> dict:
 
 def train_step(trainer, batch, watch, users):
     """One update of the weights; skipped, on the device, if the loss or gradient is not finite."""
-    with precision(trainer.device):
+    with precision(trainer.device, trainer.precision):
         terms = trainer.forward(batch)
         loss = sum(terms.values())
     trainer.optimizer.zero_grad(set_to_none=True)

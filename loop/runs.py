@@ -40,7 +40,7 @@ from .settings import has_recipe, load_model_file
 STAGES = ("pretrain", "train")    # in their order
 LONGER = ("epochs", "patience")   # settings that may grow when a run is resumed
 # of runs that were begun without these settings
-SINCE = {"valid_every": 1, "valid_users": None, "cut": None}
+SINCE = {"valid_every": 1, "valid_users": None, "cut": None, "precision": "bfloat16"}
 
 
 @dataclass
@@ -287,6 +287,7 @@ def settings_of(job, seed) -> dict:
         "valid_every": args.valid_every,
         "valid_users": args.valid_users,
         "train_share": args.train_share,
+        "precision": args.precision,
         "pretrain_data": args.pretrain_data,
         "cold_start": args.cold_start,
         "init": args.init,

@@ -206,6 +206,14 @@ def test_the_device(monkeypatch, capsys):
         assert (x @ x).dtype == torch.float32
 
 
+def test_products_are_mixed_on_a_gpu_alone_and_only_by_that_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *given, enabled: asked.append(enabled))
+    for device, name in (("cuda", "bfloat16"), ("cuda", "float32"), ("cpu", "bfloat16")):
+        precision(torch.device(device), name)
+    assert asked == [True, False, False]
+
+
 def test_an_apple_gpu_is_picked_where_it_can_do_what_is_needed(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

@@ -1,4 +1,5 @@
 """bench.py runs: each comparison once, on a tiny shop, with small encoders."""
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,18 @@ def test_the_command(small, tmp_path):
     assert len(lines) == 5
     assert lines[0].split()[-1] == "1.0x"
     refused(run("bench.py", "--only", "nothing", cwd=tmp_path, ok=False), "--only nothing")
-    assert "256 users" in run("bench.py", "--items", 300, cwd=tmp_path).stdout
+
+
+def test_a_made_up_shop(tmp_path):
+    flags = ("--items", 300, "--users", 2000, "--steps", 2, "--dim", 16)
+    printed = run("bench.py", *flags, cwd=tmp_path).stdout
+    for name in ("sasrec", "srmml", "mdsrec"):
+        assert f"{name}, 2000 users, 300 items, dim 16" in printed
+    assert printed.count("2 steps, ") == printed.count("evaluation of 2000 users") == 3
+    dataset, catalog = bench.made_shop(300, 2000)
+    sold = np.sort(np.bincount(dataset.flat, minlength=301)[1:])
+    assert sold[-30:].sum() > .25 * sold.sum()    # a tenth of the items
+    assert 9 < np.diff(dataset.offsets).mean() < 12 and np.diff(dataset.offsets).min() > 3
 
 
 @pytest.mark.slow

@@ -738,7 +738,7 @@ def test_branches_for_a_gpu_give_the_same(name, kind, tmp_path, monkeypatch):
 
 @every_stage
 def test_no_step_waits_for_a_gpu(name, kind, tmp_path, monkeypatch):
-    def autocast(device):
+    def autocast(device, name):
         return torch.autocast("cpu", torch.bfloat16)
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
