@@ -281,7 +281,8 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
     forward = compiled(model.forward) if job.args.compile else model.forward
     trainer = Trainer(
         model, forward, optimizer, job.device, job.cfg.batch_size,
-        clip_norm=getattr(job.cfg, "clip_norm", 0), precision=job.args.precision,
+        clip_norm=getattr(job.cfg, "clip_norm", 0),
+        precision=job.args.precision,
     )
     while not is_over(stage, progress):
         begin = time.perf_counter()

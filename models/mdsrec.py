@@ -203,7 +203,9 @@ def strongest(row, value, count):
     order = order[row[order].argsort(stable=True)]                     # row by row, largest first
     size = row.bincount()
     rank = torch.arange(len(row), device=row.device) - (size.cumsum(0) - size)[row]
-    return torch.zeros_like(row, dtype=torch.bool).index_copy_(0, order, rank < count)
+    kept = torch.zeros_like(row, dtype=torch.bool)
+    kept[order] = rank < count
+    return kept
 
 
 class Mix(torch.autograd.Function):
