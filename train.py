@@ -278,7 +278,10 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
     if saved and saved.is_inside(stage.name):
         saved.restore(model, optimizer)
         progress = saved.progress
-    forward = compiled(model.forward) if job.args.compile else model.forward
+    forward = model.forward
+    if job.args.compile:
+        leave_as_they_are(job.module)
+        forward = compiled(model.forward)
     trainer = Trainer(
         model, forward, optimizer, job.device, job.cfg.batch_size,
         clip_norm=getattr(job.cfg, "clip_norm", 0),
@@ -327,6 +330,14 @@ def validate(job, model, progress, path) -> dict:
         progress.best_epoch = progress.epoch
         save_tensors(path, model.state_dict())
     return line
+
+
+def leave_as_they_are(module):
+    """Keep what the model file calls NOT_COMPILED, "function" or "Class.method", from --compile."""
+    for name in getattr(module, "NOT_COMPILED", ()):
+        owner, _, of_class = name.partition(".")
+        owner, name = (getattr(module, owner), of_class) if of_class else (module, name)
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
 
 
 def compiled(forward):

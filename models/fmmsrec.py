@@ -77,6 +77,8 @@ CATALOG = {
     "has_image": "bool (N+1,), which items have a picture",
 }
 READS = ("text", "image", "has_text", "has_image")
+# they would be, anew, for every shape
+NOT_COMPILED = ("softmax_loss", "SoftmaxLoss.apply", "FMMSRec.inner_places")
 CHUNK = 2 ** 16                   # items whose inner values are kept in memory at a time
 
 
@@ -466,13 +468,11 @@ class FMMSRec(nn.Module):
         count = (target != 0).sum() + (answer != 0).sum()                  # reading 15
         count = count.clamp(min=1)
         B = len(seq)
-        summed = torch.compiler.disable(SoftmaxLoss.apply)
         return {
-            "next_item": summed(states[:B], table["item"], target) / count,
-            "masked_item": summed(states[B:], table["item"], answer) / count,
+            "next_item": SoftmaxLoss.apply(states[:B], table["item"], target) / count,
+            "masked_item": SoftmaxLoss.apply(states[B:], table["item"], answer) / count,
         }
 
-    @torch.compiler.disable
     def inner_places(self, chosen):
         """Indices (R,) into the flattened places of a batch, those chosen (B, L) first.
 
@@ -538,7 +538,6 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
-@torch.compiler.disable    # its loop over chunks would be compiled anew for every shape
 def softmax_loss(states, items, target):
     """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
     if not target.is_cuda:    # a GPU would have to wait while they are counted

@@ -75,6 +75,7 @@ CATALOG = {
     "train_seqs": "one list of item ids per user, training part only",
 }
 READS = ("text", "image", "train_seqs")
+NOT_COMPILED = ("softmax_loss", "Mix.apply")    # they would be, anew, for every shape
 MODALITIES = ("text", "image")
 
 
@@ -403,8 +404,7 @@ class MDSRec(nn.Module):
         self.prepare(self.item.weight.device)
         E = self.item.weight
         table = {"item": E}
-        mix = torch.compiler.disable(Mix.apply)
-        table["id"] = E + self.cfg.mu_id * mix(self.O, self.O_T, E)                 # eq. (3)
+        table["id"] = E + self.cfg.mu_id * Mix.apply(self.O, self.O_T, E)           # eq. (3)
         for m in MODALITIES:
             if self.cfg.use_mrgc:
                 table[m] = F.embedding_bag(self.graphs[m], E, mode="mean")          # eq. (6)
@@ -555,7 +555,6 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
-@torch.compiler.disable    # its loop over chunks would be compiled anew for every shape
 def softmax_loss(states, items, target):
     """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
     if not target.is_cuda:    # a GPU would have to wait while they are counted

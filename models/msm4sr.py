@@ -67,6 +67,7 @@ CATALOG = {
     "pictures_mask": "bool (N+1, S), which of them are there",
 }
 READS = ("sentences", "sentences_mask", "pictures", "pictures_mask")
+NOT_COMPILED = ("softmax_loss",)    # it would be, anew, for every shape
 STACKS = {"text": "sentences", "image": "pictures"}    # t and v of the equations
 CHUNK = 2 ** 16    # items whose experts are kept in memory at a time
 PAIRS = 2 ** 11    # of a batch, at most, that are contrasted with each other (reading 9)
@@ -567,7 +568,6 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
-@torch.compiler.disable    # its loop over chunks would be compiled anew for every shape
 def softmax_loss(states, items, target):
     """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
     if not target.is_cuda:    # a GPU would have to wait while they are counted

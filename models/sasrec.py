@@ -32,6 +32,7 @@ from torch import nn
 
 CATALOG = {"n_items": "int N; item ids are 1..N, 0 is padding"}
 READS = ()
+NOT_COMPILED = ("softmax_loss",)    # it would be, anew, for every shape
 
 
 @dataclass
@@ -207,7 +208,6 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
-@torch.compiler.disable    # its loop over chunks would be compiled anew for every shape
 def softmax_loss(states, items, target):
     """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
     if not target.is_cuda:    # a GPU would have to wait while they are counted

@@ -68,6 +68,7 @@ CATALOG = {
     "train_seqs": "one list of item ids per user, training part only",
 }
 READS = ("text", "image", "has_text", "has_image", "lang", "train_seqs")
+NOT_COMPILED = ("softmax_loss",)    # it would be, anew, for every shape
 CHUNK = 2 ** 16    # items whose inner values are kept in memory at a time
 
 
@@ -539,7 +540,6 @@ class SoftmaxLoss(torch.autograd.Function):
         return d_states * slope, d_items * slope, None
 
 
-@torch.compiler.disable    # its loop over chunks would be compiled anew for every shape
 def softmax_loss(states, items, target):
     """Mean cross entropy over the rows that have a target, 0 if none has: see SoftmaxLoss."""
     if not target.is_cuda:    # a GPU would have to wait while they are counted
