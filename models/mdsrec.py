@@ -75,7 +75,7 @@ CATALOG = {
     "train_seqs": "one list of item ids per user, training part only",
 }
 READS = ("text", "image", "train_seqs")
-NOT_COMPILED = ("softmax_loss", "Mix.apply")    # they would be, anew, for every shape
+NOT_COMPILED = ("softmax_loss",)    # it would be, anew, for every shape
 MODALITIES = ("text", "image")
 
 
