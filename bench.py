@@ -2,16 +2,19 @@
 
     python bench.py --data $DATA/beauty                    any data set; the default is demo
     python bench.py --data $DATA/beauty --text MODEL       the same, and encoding its sentences
-    python bench.py --items 500000                         memory and time on a made-up catalog
     python bench.py --only sasrec,evaluation               some of the comparisons
+    python bench.py --items 500000 --users 1000000         memory and time in a made-up shop
 
-Medians of several runs. Only the ratios mean something on another machine.
+Each line has the median of several runs, their range, the most memory that was held beyond what was
+held before (on Linux and on GPUs), and how many times as fast the first contestant is. Only such
+ratios mean something on another machine. RecBole's SASRec takes part where RecBole can be imported.
 """
 import argparse
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -30,10 +33,88 @@ from evaluate import ranks_of
 from extract_features import inputs_of
 from loop import runs
 from loop.settings import load_model_file
+from recommend import Ranker, best_items, best_of_chunk, rows_of_users
 
 TARGETS = 20_000    # training targets that a usual form works through per repetition
 USERS = 4_000       # test users that each contestant ranks per repetition
 ITEMS = 3_000       # items whose sentences are encoded per repetition
+
+
+# ---------------- measuring
+
+class Watch:
+    """Seconds and memory since it was made."""
+
+    def __init__(self, device):
+        self.device = device
+        self.wait()
+        self.before = held(device)
+        forget_peak(device)
+        self.begin = time.perf_counter()
+
+    def wait(self):
+        """For what the device still works on."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self):
+        self.wait()
+        return time.perf_counter() - self.begin
+
+    def bytes(self):
+        """The most that was held beyond what was held before; nan where nobody can tell."""
+        return peak(self.device) - self.before
+
+
+def held(device) -> float:
+    """Bytes of memory in use, on the GPU or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return of_process("VmRSS")
+
+
+def peak(device) -> float:
+    """The most bytes in use since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return of_process("VmHWM")
+
+
+def forget_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")    # Linux: VmHWM starts anew
+
+
+def of_process(name) -> float:
+    """Bytes of one line of Linux's /proc/self/status; nan elsewhere."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values[name].split()[0]) * 1024 if name in values else float("nan")
+
+
+def compare(title, unit, contestants, repeats, device):
+    """Run the contestants in turn, and print a line of each.
+
+    contestants: {name: function that returns how much work it did, in `unit`s}
+    """
+    speeds = {name: [] for name in contestants}
+    most = dict.fromkeys(contestants, 0)
+    for _ in range(repeats):
+        for name, contestant in contestants.items():
+            watch = Watch(device)
+            speeds[name].append(contestant() / watch.seconds())
+            most[name] = max(most[name], watch.bytes())
+    print(f"\n{title}")
+    first = median(next(iter(speeds.values())))
+    for name, values in speeds.items():
+        value, low, high = median(values), min(values), max(values)
+        shown = " to ".join(f"{x:.0f}" if value >= 10 else f"{x:.3f}" for x in (low, high))
+        middle = f"{value:.0f}" if value >= 10 else f"{value:.3f}"
+        print(f"  {name:<56}{middle:>9} {unit}/s ({shown}){most[name] / 1e6:>8.0f} MB"
+              f"{first / value:>8.1f}x", flush=True)
 
 
 # ---------------- what the contestants share
@@ -49,18 +130,31 @@ class Setting:
     device: torch.device
 
     def start(self):
-        """A new model, its optimizer, and the time."""
+        """A new model and its optimizer."""
         model = runs.build(self.module.Model, self.cfg, self.catalog, self.device, 0)
-        return model, train.optimizer_of(model, self.cfg, self.cfg.lr), time.perf_counter()
+        return model, train.optimizer_of(model, self.cfg, self.cfg.lr)
 
     def epoch(self):
-        """Targets per second of an epoch of train.py."""
-        model, optimizer, begin = self.start()
+        """Targets of an epoch of train.py."""
+        model, optimizer = self.start()
         size = self.cfg.batch_size
         trainer = train.Trainer(model, model.forward, optimizer, self.device, size)
         train.train_epoch(trainer, self.rows, np.random.default_rng(0), "epoch")
-        targets = len(self.rows) if self.cfg.prefixes else self.rows.lengths.sum()
-        return targets / elapsed(begin, self.device)
+        return len(self.rows) if self.cfg.prefixes else int(self.rows.lengths.sum())
+
+    def steps(self, batches, loss_of):
+        """Targets of a plain loop. loss_of(model, seq, target): the loss, seq and target padded."""
+        model, optimizer = self.start()
+        done = 0
+        for seq, target in batches:
+            seq, target = seq.to(self.device), target.to(self.device)
+            with precision(self.device):
+                loss = loss_of(model, seq, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            done += int((target != 0).sum())
+        return done
 
 
 def setting_of(name, dataset, device, **settings):
@@ -71,6 +165,11 @@ def setting_of(name, dataset, device, **settings):
     kind = "prefixes" if cfg.prefixes else "sequences"
     rows = dataset.training_rows(kind, cfg.max_len, device)
     return Setting(module, cfg, dataset, catalog, rows, device)
+
+
+def few_users(dataset):
+    """The data set with so many of its users that an epoch has about TARGETS targets."""
+    return data.load(dataset.folder, train_share=min(1., TARGETS / dataset.train_counts.sum()))
 
 
 def padded_batches(sequences, max_len, size):
@@ -85,176 +184,168 @@ def padded_batches(sequences, max_len, size):
         yield torch.tensor(seqs), torch.tensor(targets)
 
 
+def padded_prefixes(setting, n, size):
+    """The same with a row for each of n prefixes, of which the last item alone is a target."""
+    users = shuffled(np.unique(setting.rows.users))
+    every = (setting.dataset.train_seqs[user] for user in users)
+    prefixes = list(islice((seq[:k] for seq in every for k in range(2, len(seq) + 1)), n))
+    for seq, target in padded_batches(prefixes, setting.cfg.max_len, size):
+        target[:, :-1] = 0
+        yield seq, target
+
+
 def shuffled(sequences):
     order = np.random.default_rng(0).permutation(len(sequences))
     return [sequences[i] for i in order]
 
 
-def prefixes_of(setting, n):
-    """The first n prefixes with their target as last item, users in random order."""
-    users = shuffled(np.unique(setting.rows.users))
-    every = (setting.dataset.train_seqs[user] for user in users)
-    return list(islice((seq[:k] for seq in every for k in range(2, len(seq) + 1)), n))
+def whole_logits(states, items, target):
+    """Cross entropy as torch has it, of all logits at once."""
+    return F.cross_entropy(states @ items.T, target, ignore_index=0)
 
 
-def update(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def elapsed(begin, device):
-    """Seconds since, with all work on the device done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def compare(title, unit, contestants, repeats):
-    """Run the contestants in turn; print each median and how many times faster the first one is."""
-    speeds = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, contestant in contestants.items():
-            speeds[name].append(contestant())
-    print(f"\n{title}")
-    first = median(next(iter(speeds.values())))
-    for name, values in speeds.items():
-        value = median(values)
-        shown = f"{value:.0f}" if value >= 10 else f"{value:.3f}"
-        print(f"  {name:<56}{shown:>10} {unit}{first / value:>8.1f}x", flush=True)
-
-
-# ---------------- the comparisons: each a {name: function that returns work per second}
+# ---------------- training
 
 def sasrec(dataset, device):
     setting = setting_of("sasrec", dataset, device)
     n = max(1, int(TARGETS / setting.rows.lengths.mean()))
-    users = shuffled(setting.rows.users)[:n]
-    sequences = [dataset.train_seqs[user] for user in users]
+    sequences = [dataset.train_seqs[user] for user in shuffled(setting.rows.users)[:n]]
+    size = setting.cfg.batch_size
 
-    def padded(all_rows):
-        model, optimizer, begin = setting.start()
-        done = 0
-        for seq, target in padded_batches(sequences, 50, setting.cfg.batch_size):
-            seq, target = seq.to(device), target.to(device)
-            with precision(device):
-                states = model.states(seq, model.item.weight).flatten(0, 1)
-                target = target.flatten()
-                if not all_rows:
-                    states, target = states[target != 0], target[target != 0]
-                logits = states @ model.item.weight.T
-                loss = F.cross_entropy(logits, target, ignore_index=0)
-            update(optimizer, loss)
-            done += int((target != 0).sum())
-            if all_rows and done >= TARGETS / 8:    # it is slow, and every step costs the same
-                break
-        return done / elapsed(begin, device)
+    def all_rows(model, seq, target):
+        states = model.states(seq, model.item.weight).flatten(0, 1)
+        return whole_logits(states, model.item.weight, target.flatten())
 
-    return "SASRec training, full softmax", "targets/s", {
+    def rows_with_a_target(model, seq, target):
+        states = model.states(seq, model.item.weight)[target != 0]
+        return whole_logits(states, model.item.weight, target[target != 0])
+
+    def padded(loss_of, n):
+        return setting.steps(padded_batches(sequences[:n], 50, size), loss_of)
+
+    contestants = {
         "ours: a whole epoch of train.py": setting.epoch,
-        "padded to 50, softmax of rows with a target": lambda: padded(False),
-        "padded to 50, softmax of all rows": lambda: padded(True),
+        "padded to 50, softmax of the rows with a target": lambda: padded(rows_with_a_target, None),
+        "padded to 50, softmax of all rows": lambda: padded(all_rows, 2 * size),
     }
+    if find_spec("recbole"):
+        targets = round(setting.rows.lengths.mean() * size)    # as many as in our steps
+        trainer, rows, _ = recbole(dataset, device, targets)
+        contestants["RecBole's SASRec, a row per prefix"] = lambda: recbole_steps(trainer, rows)
+    return "SASRec training, full softmax", "targets", contestants
 
 
 def srmml(dataset, device):
     setting = setting_of("srmml", dataset, device)
-    module, cfg = setting.module, setting.cfg
+    module, size = setting.module, setting.cfg.batch_size
     sequences = [dataset.train_seqs[user] for user in shuffled(setting.rows.users)]
     products = module.wasserstein
 
     def by_subtraction(a, b):
         return (a[..., :, None, :] - b[..., None, :, :]).square().sum(-1)
 
-    def loss_of(distance, states, places, scale, target):
+    def loss_of_chunk(distance, states, places, scale, target):
         logits = -scale * distance(states, places)
         return F.cross_entropy(logits[:, 1:], target - 1, reduction="sum")
 
     def usual(distance, steps, chunk):
         """Plain logits in checkpointed chunks, which would not fit otherwise."""
-        module.wasserstein = distance
-        model, optimizer, begin = setting.start()
-        done = 0
-        for seq, target in islice(padded_batches(sequences, 50, cfg.batch_size), steps):
-            seq, target = seq.to(device), target.to(device).flatten()
-            with precision(device):
-                table = model.encode_items()
-                states = model.states(seq, table).flatten(0, 1)[target != 0]
-                target = target[target != 0]
-                scale = model.log_scale.exp()
-                loss = 0
-                for s, t in zip(states.split(chunk), target.split(chunk)):
-                    loss = loss + checkpoint(
-                        loss_of, distance, s, table["point"], scale, t, use_reentrant=False
-                    )
-                loss = loss / len(target)
-            update(optimizer, loss)
-            done += len(target)
-        module.wasserstein = products
-        return done / elapsed(begin, device)
+        def loss_of(model, seq, target):
+            table = model.encode_items()
+            states = model.states(seq, table)[target != 0]
+            target = target[target != 0]
+            losses = [
+                checkpoint(loss_of_chunk, distance, s, table["point"], model.log_scale.exp(), t,
+                           use_reentrant=False)
+                for s, t in zip(states.split(chunk), target.split(chunk))
+            ]
+            return sum(losses) / len(target)
 
-    return "SRMML training, full softmax", "targets/s", {
+        module.wasserstein = distance
+        done = setting.steps(padded_batches(sequences[:steps * size], 50, size), loss_of)
+        module.wasserstein = products
+        return done
+
+    return "SRMML training, full softmax", "targets", {
         "ours: a whole epoch of train.py": setting.epoch,
         "padded to 50, plain logits, distances as products": lambda: usual(products, 8, 256),
         "padded to 50, plain logits, by subtraction": lambda: usual(by_subtraction, 1, 16),
     }
 
 
-def msm4sr(dataset, device):
-    setting = setting_of("msm4sr", dataset, device)
-    prefixes = prefixes_of(setting, 512)
+def mdsrec(dataset, device):
+    few = few_users(dataset)
+    setting = setting_of("mdsrec", few, device, dim=64, inner=128, centers=16)
+    prefixes = list(padded_prefixes(setting, 512, 256))
 
     def usual():
-        model, optimizer, begin = setting.start()
-        encoders = [model.m2se.encoders[m] for m in model.scored]
-        for seq, target in padded_batches(prefixes, 50, 256):
-            seq, answer = seq.to(device), target[:, -1].to(device)
-            with precision(device):
-                table = model.encode_items()
-                streams = []
-                for encoder in encoders:    # every position by itself
-                    streams.append(encoder(seq.flatten()).unflatten(0, seq.shape) + model.item(seq))
-                h = model.m2se.transform(streams, seq)
-                states = torch.cat([F.normalize(s[:, -1], dim=-1) for s in h], -1)
-                logits = states @ table["candidates"].T
-                loss = F.cross_entropy(logits[:, 1:], answer - 1)
-            update(optimizer, loss)
-        return len(prefixes) / elapsed(begin, device)
+        graphs = {}    # matrices (N+1, N+1), for the model that `steps` makes
 
-    return "MSM4SR fine-tuning, full softmax", "targets/s", {
+        def loss_of(model, seq, target):
+            if not graphs:
+                graphs["O"] = model.O.to_dense()
+                for m in model.rho:
+                    neighbours = F.one_hot(model.graphs[m], dataset.n_items + 1).sum(1).float()
+                    graphs[m] = neighbours / neighbours.sum(1, keepdim=True)
+            E = model.item.weight
+            table = {m: graphs[m] @ E for m in model.rho}
+            table |= {"item": E, "id": E + model.cfg.mu_id * (graphs["O"] @ E)}
+            e_s, e_tilde = model.states(seq, table)
+            answer = target[:, -1]
+            loss = whole_logits(e_s[:, -1], E, answer)
+            for m, rho in model.rho.items():
+                loss = loss + rho * whole_logits(e_tilde[m][:, -1], table[m], answer)
+            return loss
+
+        return setting.steps(prefixes, loss_of)
+
+    return "MDSRec training at dim 64, full softmax", "targets", {
+        "ours: an epoch of train.py": setting.epoch,
+        "padded to 50, graphs as N x N matrices": usual,
+    }
+
+
+def msm4sr(dataset, device):
+    setting = setting_of("msm4sr", dataset, device)
+    prefixes = list(padded_prefixes(setting, 512, 256))
+
+    def loss_of(model, seq, target):
+        table = model.encode_items()
+        streams = []
+        for m in model.scored:    # every position by itself
+            stream = model.m2se.encoders[m](seq.flatten()).unflatten(0, seq.shape)
+            streams.append(stream + model.item(seq))
+        h = model.m2se.transform(streams, seq)
+        states = torch.cat([F.normalize(s[:, -1], dim=-1) for s in h], -1)
+        return whole_logits(states, table["candidates"], target[:, -1])
+
+    return "MSM4SR fine-tuning, full softmax", "targets", {
         "ours: a whole epoch of train.py": setting.epoch,
-        "a padded row per prefix, encoded position by position": usual,
+        "a padded row per prefix, encoded position by position":
+            lambda: setting.steps(prefixes, loss_of),
     }
 
 
 def fmmsrec(dataset, device):
-    share = min(1., TARGETS / dataset.train_counts.sum())
-    few = data.load(dataset.folder, train_share=share)
+    few = few_users(dataset)
     setting = setting_of("fmmsrec", few, device, dim=64, heads=4, batch_size=256)
-    prefixes = prefixes_of(setting, 1024)
+    prefixes = list(padded_prefixes(setting, 1024, 256))
 
-    def usual():
-        model, optimizer, begin = setting.start()
-        for seq, target in padded_batches(prefixes, setting.cfg.max_len, 256):
-            seq, answer = seq.to(device), target[:, -1].to(device)
-            ratio = setting.cfg.mask_ratio
-            read, chosen = setting.module.mask_items(seq, model.n_items, ratio)
-            real = F.pad(seq != 0, (0, 1), value=True)
-            position = model.position[-seq.shape[1] - 1:, None]
-            answers = torch.cat([seq * chosen, answer[:, None]], 1)    # 0: nothing to predict here
-            with precision(device):
-                E, has = model.encoder.embed(F.pad(read, (0, 1)).flatten())    # place by place
-                E, has = E.unflatten(0, real.shape), has.unflatten(0, real.shape)
-                x = model.encoder.transform(E, has, real, position)
-                states = model.state(x.flatten(0, 1), has.flatten(0, 1))
-                logits = states @ model.encode_items()["item"].T
-                loss = F.cross_entropy(logits, answers.flatten(), ignore_index=0)
-            update(optimizer, loss)
-        return len(prefixes) / elapsed(begin, device)
+    def loss_of(model, seq, target):
+        read, chosen = setting.module.mask_items(seq, model.n_items, setting.cfg.mask_ratio)
+        real = F.pad(seq != 0, (0, 1), value=True)
+        position = model.position[-seq.shape[1] - 1:, None]
+        answers = torch.cat([seq * chosen, target[:, -1:]], 1)    # 0: nothing to predict here
+        E, has = model.encoder.embed(F.pad(read, (0, 1)).flatten())    # place by place
+        E, has = E.unflatten(0, real.shape), has.unflatten(0, real.shape)
+        x = model.encoder.transform(E, has, real, position)
+        states = model.state(x.flatten(0, 1), has.flatten(0, 1))
+        return whole_logits(states, model.encode_items()["item"], answers.flatten())
 
-    return "FMMS-Rec training, full softmax", "targets/s", {
+    return "FMMS-Rec training at dim 64, full softmax", "targets", {
         "ours: an epoch of train.py": setting.epoch,
-        "a padded row per prefix, encoded position by position": usual,
+        "a padded row per prefix, encoded position by position":
+            lambda: setting.steps(prefixes, loss_of),
     }
 
 
@@ -280,7 +371,6 @@ def mmsr(dataset, device, encoders=BASE):
     (seq, target), = padded_batches(sequences, 8, len(sequences))
     batch = {"user": torch.arange(len(sequences)), "seq": seq, "target": target}
     batch = {key: x.to(device) for key, x in batch.items()}
-
     folder = tempfile.TemporaryDirectory()    # as long as a contestant needs it
 
     def contestant(cache):
@@ -292,18 +382,54 @@ def mmsr(dataset, device, encoders=BASE):
         optimizer = train.optimizer_of(model, cfg, cfg.lr)
 
         def step():
-            begin = time.perf_counter()
             with precision(device):
                 loss = model(batch)["next_item"]
-            update(optimizer, loss)
-            return 1 / elapsed(begin, device)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return 1
 
         step()
         return step
 
-    return "MMSR training, encoders of base size", "steps/s", {
+    return "MMSR training, encoders of base size", "steps", {
         f"ours: a step on {len(items)} items, frozen blocks cached": contestant("fp16"),
         "the whole encoders in every step": contestant("off"),
+    }
+
+
+# ---------------- set-up, ranking, lists, sentences
+
+def setup(dataset, device):
+    """MDSRec's graphs: the other models have little to set up."""
+    setting = setting_of("mdsrec", dataset, device, dim=64, inner=128, centers=16)
+    features = {m: setting.catalog[m].to(device) for m in ("text", "image")}
+    cfg, N = setting.cfg, dataset.n_items
+
+    def usual():
+        O = torch.zeros(N + 1, N + 1)
+        for seq in setting.catalog["train_seqs"]:
+            items = seq[-cfg.max_len:]
+            for a, i in enumerate(items):
+                for b, j in enumerate(items[:a]):
+                    if i != j:
+                        O[i, j] += 1 / (a - b)
+                        O[j, i] += 1 / (a - b)
+        O = (O / O.sum(1, keepdim=True).clamp(min=1e-9)).to(device)
+        for x in features.values():
+            E = F.normalize(x.float(), dim=-1)
+            E_bar = F.normalize(E + cfg.mu_modal * (O @ E), dim=-1)
+            (E_bar @ E_bar.T).topk(min(cfg.neighbors, N))
+            setting.module.k_means(E, cfg.centers)
+        return N
+
+    def ours():
+        setting.start()
+        return N
+
+    return "MDSRec's set-up: co-occurrence, neighbours, clusters", "items", {
+        "ours: sorted pairs, neighbours in tiles": ours,
+        "pairs in a Python loop, N x N matrices": usual,
     }
 
 
@@ -316,13 +442,11 @@ def evaluation(dataset, device):
     histories = [dataset.flat[a:b].tolist() for a, b in zip(dataset.offsets[users], ends)]
 
     def ours():
-        begin = time.perf_counter()
         ranks_of(model, rows, device)
-        return len(rows) / elapsed(begin, device)
+        return len(rows)
 
     @torch.no_grad()
     def usual():
-        begin = time.perf_counter()
         table = model.encode_items()
         for seq, target in padded_batches(histories, 50, 256):
             scores = model.score({"seq": seq.to(device)}, table)
@@ -333,11 +457,43 @@ def evaluation(dataset, device):
                 seen = [item for item in items if item and item != target[row, -1]]
                 scores[row, seen] = -torch.inf
             (scores.argsort(1, descending=True) == answer).nonzero()
-        return len(users) / elapsed(begin, device)
+        return len(users)
 
-    return "evaluation, full ranking, plain and masked", "users/s", {
-        "ours: length-sorted, trimmed, counting": ours,
+    contestants = {
+        "ours: sorted by length, trimmed, counting": ours,
         "padded, Python loader, whole matrix sorted": usual,
+    }
+    if find_spec("recbole"):
+        trainer, _, rows_of_recbole = recbole(dataset, device, 2048)
+        contestants["RecBole's, plain alone"] = lambda: recbole_ranking(trainer, rows_of_recbole)
+    return "evaluation, full ranking, plain and masked", "users", contestants
+
+
+def recommendation(dataset, device):
+    """The best ten of everybody, as recommend.py --all finds them."""
+    setting = setting_of("sasrec", dataset, device)
+    model = setting.start()[0].eval()
+    users = np.arange(dataset.n_users)
+    rows = rows_of_users(dataset, users, 50, device)
+    with torch.no_grad():
+        ranker = Ranker(model, model.encode_items(), 50, device)
+    alone = [rows_of_users(dataset, users[i:i + 1], 50, device) for i in users[:USERS // 4]]
+
+    def ours():
+        best_items(ranker, rows, 10)
+        return len(rows)
+
+    def usual():
+        for row in alone:
+            index = torch.zeros(1, dtype=torch.long, device=device)
+            batch = row.batch(index, 50)
+            seen = row.seen(index, int(row.history[0]))
+            best_of_chunk(ranker, {"user": batch["user"], "seq": batch["seq"]}, seen, 10)
+        return len(alone)
+
+    return "recommendation, the ten best of each user", "users", {
+        "ours: many users at once": ours,
+        "one user after another": usual,
     }
 
 
@@ -345,17 +501,16 @@ def encoding(dataset, encoder, device):
     which, inputs = inputs_of(dataset, "text")
     items = shuffled(which)[:ITEMS]
     sentences = [inputs[number] for numbers in items for number in numbers]
+    distinct = list(dict.fromkeys(sentences))
     model = open_encoder("text", encoder, device)
 
     def ours(texts):
-        begin = time.perf_counter()
         model.encode(texts)
-        return len(sentences) / elapsed(begin, device)
+        return len(sentences)
 
     @torch.inference_mode()
     def usual(share, **padding):
         texts = sentences[:len(sentences) // share]
-        begin = time.perf_counter()
         for first in range(0, len(texts), 32):
             tokens = model.tokenizer(
                 texts[first:first + 32], truncation=True, max_length=256, return_tensors="pt",
@@ -363,10 +518,9 @@ def encoding(dataset, encoder, device):
             )
             with precision(device):
                 model.pool(tokens.to(device)).cpu()
-        return len(texts) / elapsed(begin, device)
+        return len(texts)
 
-    distinct = list(dict.fromkeys(sentences))
-    return f"encoding with {encoder}", "sentences/s", {
+    return f"encoding with {encoder}", "sentences", {
         "ours: each distinct one, by length, token budget": lambda: ours(distinct),
         "ours, repeated sentences encoded again": lambda: ours(sentences),
         "padded to the batch's longest": lambda: usual(4, padding=True),
@@ -377,57 +531,126 @@ def encoding(dataset, encoder, device):
 COMPARISONS = {
     "sasrec": sasrec,
     "srmml": srmml,
+    "mdsrec": mdsrec,
     "msm4sr": msm4sr,
     "fmmsrec": fmmsrec,
     "mmsr": mmsr,
+    "setup": setup,
     "evaluation": evaluation,
+    "recommendation": recommendation,
 }
 
 
-# ---------------- a made-up catalog of any size
+# ---------------- RecBole 1.2, https://recbole.io
 
-def large(n_items, device):
-    """One training step and one evaluation of SRMML, with the memory they took."""
-    module = load_model_file("srmml")
+def recbole(dataset, device, batch_size):
+    """Its Trainer, and its training and test data, for SASRec at the size of ours."""
+    from recbole.config import Config
+    from recbole.data import create_dataset, data_preparation
+    from recbole.model.sequential_recommender import SASRec
+    from recbole.trainer import Trainer
+
+    sys.argv = sys.argv[:1]    # RecBole reads our flags otherwise
+    with tempfile.TemporaryDirectory() as folder:
+        write_for_recbole(dataset, Path(folder) / "made" / "made.inter")
+        config = Config(model="SASRec", dataset="made", config_dict=dict(
+            data_path=folder, checkpoint_dir=folder, MAX_ITEM_LIST_LENGTH=50,
+            load_col={"inter": ["user_id", "item_id", "timestamp"]},
+            hidden_size=64, inner_size=256, n_layers=2, n_heads=2,
+            loss_type="CE", train_neg_sample_args=None, train_batch_size=batch_size,
+            eval_args={"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
+            metrics=["Recall", "NDCG"], topk=[10], valid_metric="NDCG@10",
+            use_gpu=device.type == "cuda", show_progress=False, state="ERROR",
+        ))
+        made = create_dataset(config)
+        training, _, test = data_preparation(config, made)
+        model = SASRec(config, training.dataset).to(config["device"])
+        return Trainer(config, model), training, test
+
+
+def write_for_recbole(dataset, path):
+    path.parent.mkdir()
+    with path.open("w") as file:
+        file.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        for user, (a, b) in enumerate(zip(dataset.offsets, dataset.offsets[1:])):
+            for time_step, item in enumerate(dataset.flat[a:b]):
+                file.write(f"{user}\t{item}\t{time_step}\n")
+
+
+def recbole_steps(trainer, rows):
+    """Steps of its training on about TARGETS targets."""
+    trainer.model.train()
+    done = 0
+    for batch in rows:
+        trainer.optimizer.zero_grad()
+        trainer.model.calculate_loss(batch.to(trainer.device)).backward()
+        trainer.optimizer.step()
+        done += len(batch)
+        if done >= TARGETS:
+            break
+    return done
+
+
+def recbole_ranking(trainer, rows):
+    trainer.evaluate(rows, load_best_model=False, show_progress=False)
+    return len(rows.dataset)
+
+
+# ---------------- a made-up shop of any size
+
+def made_shop(n_items, n_users, width=64):
+    """Users with 3 to 50 items, 10 on average, drawn by skewed popularity -> a data set, and a
+    catalog of random features for every model that is measured."""
     rng = np.random.default_rng(0)
-    flat, offsets = rng.integers(1, n_items + 1, 256 * 12), np.arange(257) * 12
-    times = np.zeros_like(flat)
+    lengths = np.minimum(3 + rng.geometric(1 / 8, n_users), 50)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    sales = (np.arange(1, n_items + 1) + 10.) ** -.8    # of an item, by its rank
+    share = sales.cumsum() / sales.sum()
+    flat = rng.permutation(n_items)[np.searchsorted(share, rng.random(offsets[-1]))] + 1
     about = {"name": "made"}
-    dataset = data.Data(Path("."), about, flat, offsets, times, n_items, "leave_one_out")
+    dataset = data.Data(
+        Path("."), about, flat, offsets, np.zeros_like(flat), n_items, "leave_one_out"
+    )
     has = torch.arange(n_items + 1) > 0
     random = torch.Generator().manual_seed(0)
-    catalog = {
-        "n_items": n_items,
-        "has_text": has,
-        "has_image": has,
-        "lang": has.long(),
-        "train_seqs": dataset.train_seqs,
-    }
+    catalog = {"n_items": n_items, "has_text": has, "has_image": has, "lang": has.long()}
+    catalog["train_seqs"] = dataset.train_seqs
     for modality in ("text", "image"):
-        catalog[modality] = torch.randn(n_items + 1, 64, generator=random) * has[:, None]
-    model = runs.build(module.Model, module.Config(), catalog, device, 0)
-    optimizer = train.optimizer_of(model, model.cfg, 1e-3)
-    rows = dataset.training_rows("sequences", 50, device)
-    trainer = train.Trainer(model, model.forward, optimizer, device, len(rows))
-    size = sum(weight.numel() for weight in model.parameters()) * 4 / 1e9
-    print(f"\nSRMML, {n_items} items, {size:.2f} GB of weights")
-    begin = time.perf_counter()
-    train.train_epoch(trainer, rows, rng, "step")
-    say(f"one training step of {rows.lengths.sum()} targets", begin, device)
-    begin = time.perf_counter()
-    ranks_of(model, dataset.evaluated_rows("test", 50, device), device)
-    say("evaluation of 256 users", begin, device)
+        catalog[modality] = torch.randn(n_items + 1, width, generator=random) * has[:, None]
+    return dataset, catalog
 
 
-def say(what, begin, device):
-    seconds = elapsed(begin, device)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource  # Windows has none
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
-    print(f"  {what:<52}{seconds:>10.1f} s, peak so far {peak / 1e9:.1f} GB", flush=True)
+def large(name, shop, steps, device, **settings):
+    """A model on a made-up shop: its set-up, some steps, and the evaluation of 20,000 users."""
+    dataset, catalog = shop
+    module = load_model_file(name)
+    cfg = module.Config(**settings)
+    catalog = {key: catalog[key] for key in ("n_items", *module.READS)}
+    print(f"\n{name}, {dataset.n_users} users, {dataset.n_items} items, dim {cfg.dim}")
+    watch = Watch(device)
+    model = runs.build(module.Model, cfg, catalog, device, 0)
+    rows = dataset.training_rows("prefixes" if cfg.prefixes else "sequences", cfg.max_len, device)
+    say("set-up", watch)
+    trainer = train.Trainer(
+        model, model.forward, train.optimizer_of(model, cfg, cfg.lr), device, cfg.batch_size
+    )
+    losses = train.Watch(device)
+    batches = islice(rows.epoch(cfg.batch_size, np.random.default_rng(0)), steps + 1)
+    for number, (batch, index) in enumerate(batches):
+        if number <= 1:    # the first one makes ready
+            watch, targets = Watch(device), 0
+        train.train_step(trainer, batch, losses, rows.users[index])
+        targets += len(index) if cfg.prefixes else rows.lengths[index].sum()
+    say(f"{losses.steps - 1} steps, {targets} targets", watch)
+    watch = Watch(device)
+    evaluated = dataset.evaluated_rows("test", cfg.max_len, device, most=20_000)
+    ranks_of(model, evaluated, device)
+    say(f"evaluation of {len(evaluated)} users", watch)
+
+
+def say(what, watch):
+    print(f"  {what:<52}{watch.seconds():>10.1f} s, at most {peak(watch.device) / 1e9:.1f} GB",
+          flush=True)
 
 
 def main():
@@ -438,27 +661,34 @@ def main():
     add("--data", default="demo", help="data set to measure on (default: demo)")
     add("--text", help="a Hugging Face text model: measures the encoding of sentences, too")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--items", type=int, help="instead: SRMML on a made-up catalog of so many items")
+    add("--items", type=int, help="instead: sasrec, srmml and mdsrec, or those of --only, in a "
+                                  "made-up shop of so many items")
+    add("--users", type=int, default=1000, help="its users (default: 1000)")
+    add("--steps", type=int, default=10, help="training steps in it (default: 10)")
+    add("--dim", type=int, help="width of the models in it (default: their own)")
     add("--only", help=f"some of {','.join(COMPARISONS)} (default: all)")
     add("--repeats", type=int, default=3, help="how often each contestant runs (default: 3)")
     args = parser.parse_args()
+    device = pick_device(args.device)
+    if args.items:
+        shop = made_shop(args.items, args.users)
+        settings = {"dim": args.dim} if args.dim else {}
+        for name in (args.only or "sasrec,srmml,mdsrec").split(","):
+            large(name, shop, args.steps, device, **settings)
+        return
     names = args.only.split(",") if args.only else list(COMPARISONS)
     unknown = [name for name in names if name not in COMPARISONS]
     if unknown:
         raise UserError(f"--only {unknown[0]} is unknown: give some of {', '.join(COMPARISONS)}")
-    device = pick_device(args.device)
-    if args.items:
-        return large(args.items, device)
     dataset = data.load(args.data)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{dataset.name}: {dataset.n_users} users, {dataset.n_items} items, "
           f"{len(dataset.flat)} interactions; torch {torch.__version__}, {machine}, "
           f"{torch.get_num_threads()} threads")
     for name in names:
-        title, unit, contestants = COMPARISONS[name](dataset, device)
-        compare(title, unit, contestants, args.repeats)
+        compare(*COMPARISONS[name](dataset, device), args.repeats, device)
     if args.text:
-        compare(*encoding(dataset, args.text, device), args.repeats)
+        compare(*encoding(dataset, args.text, device), args.repeats, device)
 
 
 if __name__ == "__main__":

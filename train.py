@@ -5,11 +5,14 @@ Read from the top: the command, a seed, its stages, a stage, an epoch, a step. `
 `runs/`; loop/runs.py says what is there and how a run is resumed.
 """
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")    # it would need a C compiler on a GPU
 
 import numpy as np
 import torch
@@ -296,10 +299,14 @@ def train_stage(job, stage, model, seed, folder, saved) -> Progress:
     if saved and saved.is_inside(stage.name):
         saved.restore(model, optimizer)
         progress = saved.progress
-    forward = compiled(model.forward) if job.args.compile else model.forward
+    forward = model.forward
+    if job.args.compile:
+        leave_as_they_are(job.module)
+        forward = compiled(model.forward)
     trainer = Trainer(
         model, forward, optimizer, job.device, job.cfg.batch_size,
         clip_norm=getattr(job.cfg, "clip_norm", 0),
+        precision=job.args.precision,
     )
     while not is_over(stage, progress):
         begin = time.perf_counter()
@@ -344,6 +351,14 @@ def validate(job, model, progress, path) -> dict:
         progress.best_epoch = progress.epoch
         save_tensors(path, model.state_dict())
     return line
+
+
+def leave_as_they_are(module):
+    """Keep what the model file calls NOT_COMPILED, "function" or "Class.method", from --compile."""
+    for name in getattr(module, "NOT_COMPILED", ()):
+        owner, _, of_class = name.partition(".")
+        owner, name = (getattr(module, owner), of_class) if of_class else (module, name)
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
 
 
 def compiled(forward):
@@ -398,6 +413,7 @@ class Trainer:
     device: torch.device
     batch_size: int
     clip_norm: float = 0         # largest norm of the gradient; 0: any
+    precision: str = "bfloat16"  # of products, on a GPU
 
     @property
     def weights(self):
@@ -424,7 +440,7 @@ def train_epoch(trainer, rows, rng, where) -> dict:
 
 def train_step(trainer, batch, watch, users):
     """One update of the weights; skipped, on the device, if the loss or gradient is not finite."""
-    with precision(trainer.device):
+    with precision(trainer.device, trainer.precision):
         terms = trainer.forward(batch)
         loss = sum(terms.values())
     trainer.optimizer.zero_grad(set_to_none=True)

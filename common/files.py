@@ -437,6 +437,8 @@ def lacks(device):
     return None
 
 
-def precision(device):
-    """The context of a forward pass: mixed precision on a GPU, plain float32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def precision(device, name="bfloat16"):
+    """The context of a forward pass: mixed precision on a GPU, unless the name is float32; plain
+    float32 on a CPU."""
+    mixed = device.type == "cuda" and name == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed)

@@ -47,7 +47,9 @@ from .settings import has_recipe, load_model_file, wrong_values
 STAGES = ("pretrain", "train")    # in their order
 LONGER = ("epochs", "patience")   # settings that may grow when a run is resumed
 # of runs that were begun without these settings
-SINCE = {"valid_every": 1, "valid_users": None, "cut": None, "widths": {}}
+SINCE = {
+    "valid_every": 1, "valid_users": None, "cut": None, "precision": "bfloat16", "widths": {},
+}
 TEXT = (str, type(None))
 SETTINGS = {     # what a run that is opened again must say of itself, as has_form takes it
     "model": str,
@@ -358,6 +360,7 @@ def settings_of(job, seed) -> dict:
         "valid_every": args.valid_every,
         "valid_users": args.valid_users,
         "train_share": args.train_share,
+        "precision": args.precision,
         "pretrain_data": args.pretrain_data,
         "cold_start": args.cold_start,
         "init": args.init,

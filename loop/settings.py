@@ -192,6 +192,9 @@ def train_flags():
     add("--valid_users", type=int,
         help="select the epoch on so many validation users, drawn once (default: all)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--precision", choices=("bfloat16", "float32"), default="bfloat16",
+        help="of a training step's products on a GPU; elsewhere they are in float32 (default: "
+             "bfloat16)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--pretrain_data", "--pretrain-data",
         help="pre-train on other data sets than --data, one or several: A,B")

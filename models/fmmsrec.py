@@ -77,6 +77,8 @@ CATALOG = {
     "has_image": "bool (N+1,), which items have a picture",
 }
 READS = ("text", "image", "has_text", "has_image")
+# they would be, anew, for every shape
+NOT_COMPILED = ("softmax_loss", "summed_loss", "FMMSRec.inner_places")
 CHUNK = 2 ** 16                   # items whose inner values are kept in memory at a time
 
 
@@ -467,8 +469,8 @@ class FMMSRec(nn.Module):
         count = count.clamp(min=1)
         B = len(seq)
         return {
-            "next_item": SoftmaxLoss.apply(states[:B], table["item"], target) / count,
-            "masked_item": SoftmaxLoss.apply(states[B:], table["item"], answer) / count,
+            "next_item": summed_loss(states[:B], table["item"], target) / count,
+            "masked_item": summed_loss(states[B:], table["item"], answer) / count,
         }
 
     def inner_places(self, chosen):
@@ -490,6 +492,11 @@ class FMMSRec(nn.Module):
     def as_product(self, batch, table):
         """Users (B, D) and items (N+1, D) whose products are the scores."""
         return self.last_state(recent(self, batch), table), table["item"]
+
+
+def summed_loss(states, items, target):
+    """Cross entropy summed over the rows: see SoftmaxLoss."""
+    return SoftmaxLoss.apply(states, items, target)
 
 
 Model, Config = FMMSRec, FMMSRecConfig

@@ -75,6 +75,7 @@ CATALOG = {
     "train_seqs": "one list of item ids per user, training part only",
 }
 READS = ("text", "image", "train_seqs")
+NOT_COMPILED = ("softmax_loss",)    # it would be, anew, for every shape
 MODALITIES = ("text", "image")
 
 
@@ -92,6 +93,7 @@ class MDSRecConfig:
     mu_modal: float = 0.2                # mu^m: the same in the features (Parameter Settings)
     rho_image: float = 0.5               # rho_v; rho_t = 1 - rho_v (below eq. 17); reading 10
     tau: float = 1.0                     # temperature of eq. 19; reading 10
+    partners: int = 0                    # pairs of O that an item keeps, the strongest; 0: all
     use_dis: bool = True                 # w/o DIS, Table 3: every pair in a sequence counts 1
     use_cre: bool = True                 # w/o CRE, Table 3: modal graphs from the raw features
     use_mrgc: bool = True                # w/o MRGC, Table 3: a linear map in the graphs' place
@@ -111,6 +113,7 @@ class MDSRecConfig:
         check(self.inner >= 1, f"inner {self.inner} is too small: it must be at least 1")
         check(self.neighbors >= 0, f"neighbors {self.neighbors} must not be negative")
         check(self.centers >= 1, f"centers {self.centers} must be at least 1")
+        check(self.partners >= 0, f"partners {self.partners} must not be negative")
         check(0 <= self.rho_image <= 1, f"rho_image {self.rho_image} must be from 0 to 1")
         check(self.tau > 0, f"tau {self.tau} must be above 0")
 
@@ -133,37 +136,77 @@ PRESETS = {
 
 # ---------------- co-occurrence, eqs. (1) to (3)
 
-def co_occurrence(train_seqs, n_items, max_len, use_dis=True):
+def co_occurrence(
+    train_seqs, n_items, max_len, use_dis=True, partners=0, device=None, tile=2 ** 18
+):
     """O and its transpose, sparse (N+1, N+1), zero diagonal.
 
     O_ij = sum over users u of O_ij^u (2), where O_ij^u = 1 / D_ij (1) and D_ij is the distance
     |p - q| of the places p of i and q of j in the sequence of u; each pair of places nearer than
     max_len counts (reading 1). Then each row of O is divided by its sum (reading 2).
+
+    Whole rows of O are made at a time, those of the items that have about `tile` places. partners:
+    a pair is kept where it is among so many strongest of one of its items; 0: every pair.
     """
-    # all sequences end to end; user[n] is whose the n-th item is
+    window = min(max_len, max(map(len, train_seqs), default=1)) - 1    # the largest distance
+    # all sequences end to end, with room around; user[n] is whose the n-th item is
     items = torch.tensor([item for seq in train_seqs for item in seq], dtype=torch.long)
+    items = F.pad(items, (window, window)).to(device)
     lengths = torch.tensor([len(seq) for seq in train_seqs], dtype=torch.long)
     user = torch.arange(len(lengths)).repeat_interleave(lengths)
-    longest = max(map(len, train_seqs), default=1)
-    cells = [torch.zeros(0, dtype=torch.long)]                         # (n,) each: where in O
-    scores = [torch.zeros(0)]                                          # (n,) each: 1 / D_ij
-    for distance in range(1, min(max_len, longest)):                   # D_ij
-        i, j = items[:-distance], items[distance:]
-        counts = (user[:-distance] == user[distance:]) & (i != j)      # of one user, two items
-        i, j = i[counts], j[counts]
-        cells.append(torch.minimum(i, j) * (n_items + 1) + torch.maximum(i, j))    # D_ij = D_ji
-        score = 1 / distance if use_dis else 1.0                       # eq. (1)
-        scores.append(torch.full((len(i),), score))
-    cell, where = torch.unique(torch.cat(cells), return_inverse=True)
-    O_ij = torch.zeros(len(cell)).index_add_(0, where, torch.cat(scores))    # eq. (2): over users
-    i, j = cell // (n_items + 1), cell % (n_items + 1)
-    i, j = torch.cat([i, j]), torch.cat([j, i])                        # both directions
-    O_ij = O_ij.repeat(2)
-    row_sum = torch.zeros(n_items + 1).index_add_(0, i, O_ij)
-    index, shape = torch.stack([i, j]), (n_items + 1, n_items + 1)
-    with torch.sparse.check_sparse_tensor_invariants(enable=True):
-        O = torch.sparse_coo_tensor(index, O_ij / row_sum[i], shape)   # reading 2
-        return O.coalesce(), O.T.coalesce()
+    user = F.pad(user, (window, window), value=-1).to(device)
+    sold = items.bincount(minlength=n_items + 1)
+    sold[0] = 0                                                        # the room is no item
+    places = items.argsort(stable=True)[2 * window:]                   # of item 1, then of item 2
+    part = (sold.cumsum(0) - 1).clamp(min=0) // tile                   # (N+1,) in which an item is
+    sizes = torch.bincount(part, sold).long().tolist()
+    pairs, sums = [], []
+    for p in places.split(sizes):
+        i = items[p]
+        cells = [p.new_zeros(0)]                                       # (n,) each: where in O
+        scores = [p.new_zeros(0, dtype=torch.float64)]                 # (n,) each: 1 / D_ij
+        for distance in range(1, window + 1):                          # D_ij
+            for q in (p - distance, p + distance):
+                j = items[q]
+                counts = (user[p] == user[q]) & (i != j)               # of one user, two items
+                cells.append(i[counts] * (n_items + 1) + j[counts])
+                score = 1 / distance if use_dis else 1.0               # eq. (1)
+                scores.append(scores[0].new_full(cells[-1].shape, score))
+        cell, where = torch.unique(torch.cat(cells), return_inverse=True)
+        O_ij = scores[0].new_zeros(len(cell)).index_add_(0, where, torch.cat(scores))    # eq. (2)
+        if partners:
+            kept = strongest(cell // (n_items + 1), O_ij, partners)
+            cell, O_ij = cell[kept], O_ij[kept]
+        pairs.append(cell)
+        sums.append(O_ij)
+    cell, O_ij = torch.cat(pairs), torch.cat(sums)
+    if partners:    # O stays symmetric
+        mirrored = cell % (n_items + 1) * (n_items + 1) + cell // (n_items + 1)
+        cell, where = torch.unique(torch.cat([cell, mirrored]), return_inverse=True)
+        O_ij = O_ij.new_zeros(len(cell)).scatter_(0, where, O_ij.repeat(2))
+    index = torch.stack([cell // (n_items + 1), cell % (n_items + 1)])
+    row_sum = O_ij.new_zeros(n_items + 1).index_add_(0, index[0], O_ij)
+    both = []
+    for side in index:    # O is symmetric before: its transpose is divided by the other item's sum
+        value = (O_ij / row_sum[side]).to(torch.get_default_dtype())   # reading 2
+        both.append(torch.sparse_coo_tensor(
+            index, value, (n_items + 1, n_items + 1), is_coalesced=True, check_invariants=True
+        ))
+    return tuple(both)
+
+
+def strongest(row, value, count):
+    """Which entries (n,) are among the `count` largest of their row: (n,) bool.
+
+    row (n,): in ascending order. Of equals the first are taken.
+    """
+    order = value.argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]                     # row by row, largest first
+    size = row.bincount()
+    rank = torch.arange(len(row), device=row.device) - (size.cumsum(0) - size)[row]
+    kept = torch.zeros_like(row, dtype=torch.bool)
+    kept[order] = rank < count
+    return kept
 
 
 class Mix(torch.autograd.Function):
@@ -187,24 +230,38 @@ class Mix(torch.autograd.Function):
 
 # ---------------- graphs and clusters, eqs. (4), (5), (10)
 
-def nearest(features, count):
+def nearest(features, count, tile=None):
     """The `count` items of greatest cosine, the item itself first: (N+1, D_m) -> (N+1, count) ids.
 
     A_ij = cos(Ebar_i, Ebar_j), eq. (4); Ahat_ij = 1 for the top H of row i, else 0, eq. (5). The
-    ids returned are the j with Ahat_ij = 1.
+    ids returned are the j with Ahat_ij = 1. A is made in tiles of `tile` x `tile`, in float64.
+    Cosines that differ by less than 2^-28 are equal, and of equals the smaller id comes first: so
+    neither the tile nor the device decides.
     """
     N = len(features) - 1
     count = min(count, N)
-    unit = F.normalize(features, dim=-1)
-    empty = ~unit[1:].any(1)                                # (N,) no feature: nobody's neighbour
-    found = [torch.zeros(1, count, dtype=torch.long)]       # padding
-    for rows in torch.arange(1, N + 1).split(max(1, 2 ** 24 // (N + 1))):
-        A = unit[rows] @ unit[1:].T                         # eq. (4): (rows, N)
-        A = A.masked_fill(empty, -torch.inf)
-        A[torch.arange(len(rows)), rows - 1] = 2            # itself first, whoever equals it
-        best = A.topk(count)                                # eq. (5)
-        alone = best.values.isinf() | empty[rows - 1, None]
-        found.append(torch.where(alone, rows[:, None], best.indices + 1))    # reading 16
+    tile = tile or (2 ** 13 if features.is_cuda else 2 ** 10)
+    ids = torch.arange(1, N + 1, device=features.device)
+    empty = ~features.any(1)                                # (N+1,) no feature: nobody's neighbour
+    less = torch.arange(N + 1, device=features.device, dtype=torch.float64)
+    less = less.masked_fill(empty, torch.inf)
+    tiles = ids.split(tile)
+    found = [ids.new_zeros(1, count)]                       # padding
+    for rows in tiles:
+        best = less.new_zeros(len(rows), 0)
+        x = F.normalize(features[rows].double(), dim=-1)
+        for columns in tiles:
+            A = x @ F.normalize(features[columns].double(), dim=-1).T    # eq. (4)
+            if rows is columns:
+                A.fill_diagonal_(2)                         # itself first, whoever equals it
+            # whole numbers: the cosine in steps of 2^-28, then the id
+            key = A.mul_(2 ** 28).round_().mul_(2 ** 24).sub_(less[columns])
+            key = key.topk(min(count, len(columns))).values
+            key = torch.cat([best, key], 1)
+            best = key.topk(min(count, key.shape[1])).values             # eq. (5)
+        alone = best.isinf() | empty[rows, None]            # reading 16
+        neighbour = (-best).remainder(2 ** 24).masked_fill(alone, 0).long()
+        found.append(torch.where(alone, rows[:, None], neighbour))
     return torch.cat(found)
 
 
@@ -216,14 +273,14 @@ def k_means(features, k, steps=50, seed=0):
     """
     random = torch.Generator().manual_seed(seed)
     member = features.any(1).nonzero()[:, 0]
-    C = torch.zeros(k, len(features))
+    C = features.new_zeros(k, len(features))
     if len(member) == 0:
         return C
     x = features[member]                                    # (n, D_m)
     centers = x[torch.randint(len(x), (1,), generator=random)]
     while len(centers) < min(k, len(x)):                    # k-means++: far points are likelier
         far = torch.cdist(x, centers).amin(1).square()
-        chosen = torch.multinomial(far + 1e-12, 1, generator=random)
+        chosen = torch.multinomial(far.cpu() + 1e-12, 1, generator=random)
         centers = torch.cat([centers, x[chosen]])
     for _ in range(steps):
         cluster = torch.cdist(x, centers).argmin(1)         # (n,)
@@ -302,32 +359,49 @@ class MDSRec(nn.Module):
         self.clusters = Buffers()    # C^m (k, N+1)
         self.features = Buffers()    # E^m (N+1, D_m), where they are read in every step
         self.maps = nn.ModuleDict()  # w/o MRGC
-        O, O_T = co_occurrence(catalog["train_seqs"], N, cfg.max_len, cfg.use_dis)
-        self.register_buffer("O", O, persistent=False)
-        self.register_buffer("O_T", O_T, persistent=False)
-        for m in MODALITIES:
-            E = F.normalize(catalog[m].to(self.position.dtype), dim=-1)   # E^m, reading 2
-            if cfg.use_mrgc:
-                E_bar = E
-                if cfg.use_cre:                                           # reading 14
-                    E_bar = E + cfg.mu_modal * torch.sparse.mm(O, E)      # eq. (3)
-                self.graphs[m] = nearest(E_bar, max(cfg.neighbors, 1))    # eqs. (4), (5)
-            else:
-                self.features[m] = E
-                self.maps[m] = nn.Linear(E.shape[1], cfg.dim)             # reading 15
-            if cfg.use_ica:
-                self.clusters[m] = k_means(E, cfg.centers)                # eq. (10)
+        if not cfg.use_mrgc:
+            for m in MODALITIES:
+                self.maps[m] = nn.Linear(catalog[m].shape[1], cfg.dim)    # reading 15
+        self.catalog = catalog       # until prepare has made of it what is made once
         for weight in self.parameters():
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
         with torch.no_grad():
             self.item.weight[0] = 0    # padding; only an empty history would train it
 
+    def prepare(self, device):
+        """O, the graphs and the clusters, made on the device (reading 3). Nothing the second time.
+
+        Of a model that is not prepared, encode_items does it.
+        """
+        if self.catalog is None:
+            return
+        cfg, catalog, self.catalog = self.cfg, self.catalog, None
+        made_on = "cpu" if device.type == "mps" else device               # Apple's has no float64
+        seqs, N = catalog["train_seqs"], catalog["n_items"]
+        O, O_T = co_occurrence(seqs, N, cfg.max_len, cfg.use_dis, cfg.partners, made_on)
+        dtype = self.position.dtype
+        self.register_buffer("O", O.to(device, dtype), persistent=False)
+        self.register_buffer("O_T", O_T.to(device, dtype), persistent=False)
+        for m in MODALITIES:
+            E = F.normalize(catalog[m].to(made_on, dtype), dim=-1)        # E^m, reading 2
+            if cfg.use_mrgc:
+                E_bar = E
+                if cfg.use_cre:                                           # reading 14
+                    E_bar = E + cfg.mu_modal * torch.sparse.mm(O.to(dtype), E)    # eq. (3)
+                graph = nearest(E_bar, max(cfg.neighbors, 1))             # eqs. (4), (5)
+                self.graphs[m] = graph.to(device)
+            else:
+                self.features[m] = E.to(device)
+            if cfg.use_ica:
+                self.clusters[m] = k_means(E, cfg.centers).to(device)     # eq. (10)
+
     def encode_items(self):
         """{"item": E^id, "id": Ebar^id, "text": Ehat^t, "image": Ehat^v}, each (N+1, D).
 
         Ebar^id = E^id + mu^id O E^id, eq. (3); Ehat^m = mean of E^id over the neighbours, eq. (6).
         """
+        self.prepare(self.item.weight.device)
         E = self.item.weight
         table = {"item": E}
         table["id"] = E + self.cfg.mu_id * Mix.apply(self.O, self.O_T, E)           # eq. (3)

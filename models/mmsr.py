@@ -73,6 +73,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     import fcntl
@@ -88,6 +89,7 @@ CATALOG = {
 READS = ("titles", "image_paths", "train_seqs")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")    # of pictures that are opened
 THIN = 100       # longer side / shorter side; above it a picture is not read
+PART = 512       # items of a step whose inner values are kept in memory at a time
 
 
 @dataclass
@@ -508,8 +510,8 @@ def alone_in(folder):
 class Cached:
     """The hidden states of all rows at the boundary, computed once and kept on disk.
 
-    One .npy file of (tokens, width), the rows one after the other, opened as a memory map, and
-    copied to the GPU where there is room. A damaged one is made again.
+    One .npy file of (tokens, width), the rows one after the other, opened as a memory map. A
+    damaged one is made again.
     """
 
     def __init__(self, bottom, width, cfg, device):
@@ -525,8 +527,6 @@ class Cached:
         lengths = lengths_of(bottom, len(hidden), len(bottom))
         # where each row's tokens begin
         self.start = torch.tensor([0, *lengths], device=device).cumsum(0)
-        if device.type == "cuda" and self.hidden.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.hidden = self.hidden.to(device)
 
     def opened(self, path, bottom, width, dtype):
         """The file as a memory map, None where there is none or it is damaged."""
@@ -593,6 +593,14 @@ class Cached:
         place = torch.where(mask, self.start[rows, None] + place, 0)
         hidden = self.hidden[place.to(self.hidden.device)]
         return hidden.to(rows.device).float(), mask
+
+
+def move(caches, device, room):
+    """Copy caches to the device, the smallest first, as far as they fit into `room` bytes."""
+    for cache in sorted(caches, key=lambda cache: cache.hidden.nbytes):
+        room -= cache.hidden.nbytes
+        if room >= 0:
+            cache.hidden = cache.hidden.to(device)
 
 
 # ---------------- above the boundary: what is trained (section 3.2)
@@ -963,6 +971,7 @@ class MMSR(nn.Module):
         self.user = USERS[cfg.user_encoder](cfg)
         self.fusion = None
         self.item = None
+        self.prepared = False
         if cfg.item_encoder == "id":
             self.item = nn.Embedding(self.n_items + 1, cfg.dim)
         else:
@@ -1038,22 +1047,42 @@ class MMSR(nn.Module):
         self.register_buffer("log_pop", sales.clamp(min=1).log(), persistent=False)
 
     def prepare(self, device):
-        """Fill or open the caches now, and not in the first step. Raises ValueError."""
+        """Fill or open the caches now, and not in the first step. Raises ValueError.
+
+        They are copied to a GPU if they take no more than half of what is free there: the other
+        half is a step's.
+        """
+        if self.prepared:
+            return
         for tower in self.towers.values():
             tower.prepare(device)
+        if device.type == "cuda":
+            caches = [t.below for t in self.towers.values() if isinstance(t.below, Cached)]
+            move(caches, device, room=torch.cuda.mem_get_info(device)[0] / 2)
+        self.prepared = True
 
     def items(self, ids):
-        """Item vectors (U, D) of ids (U,); zero for padding."""
+        """Item vectors (U, D) of ids (U,); zero for padding.
+
+        Of many items PART at a time: their inner values are computed again in the backward pass.
+        """
         real = (ids != 0)[:, None]
         if self.item is not None:
             return self.item(ids) * real
         self.prepare(ids.device)
+        if len(ids) <= PART or not torch.is_grad_enabled():
+            return self.content(ids) * real
+        parts = [checkpoint(self.content, part, use_reentrant=False) for part in ids.split(PART)]
+        return torch.cat(parts) * real
+
+    def content(self, ids):
+        """Titles and pictures of ids (U,) -> (U, D)."""
         tokens = []
         for m, tower in self.towers.items():
             x, mask = tower(ids)
             tokens += [self.project[m](x), mask]                  # (U, T, D), (U, T)
         fuse = self.fusion or masked_mean                         # reading 5
-        return fuse(*tokens) * real
+        return fuse(*tokens)
 
     def forward(self, batch):
         """{"next_item": loss} of each item given all before it, eq. (3): that of eq. (6), or with

@@ -67,6 +67,7 @@ CATALOG = {
     "pictures_mask": "bool (N+1, S), which of them are there",
 }
 READS = ("sentences", "sentences_mask", "pictures", "pictures_mask")
+NOT_COMPILED = ("softmax_loss",)    # it would be, anew, for every shape
 STACKS = {"text": "sentences", "image": "pictures"}    # t and v of the equations
 CHUNK = 2 ** 16    # items whose experts are kept in memory at a time
 PAIRS = 2 ** 11    # of a batch, at most, that are contrasted with each other (reading 9)
@@ -195,6 +196,8 @@ class ModalityEncoder(nn.Module):
         Two linear maps in a row are one, x (W_1 W_2) + (b_1 W_2 + b_2): a vector instead of a
         matrix.
         """
+        if torch.is_autocast_enabled(x.device.type):    # once: x is large, and is read twice
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = self.W_2.weight @ self.W_1.weight                         # (1, d)
         scores = F.linear(x, weight, self.W_2(self.W_1.bias))[..., 0]      # (n, S)
         lowest = torch.finfo(scores.dtype).min

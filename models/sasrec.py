@@ -32,6 +32,7 @@ from torch import nn
 
 CATALOG = {"n_items": "int N; item ids are 1..N, 0 is padding"}
 READS = ()
+NOT_COMPILED = ("softmax_loss",)    # it would be, anew, for every shape
 
 
 @dataclass

@@ -56,6 +56,7 @@ from typing import Literal, get_args, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CATALOG = {
     "n_items": "int N; item ids are 1..N, 0 is padding",
@@ -67,6 +68,8 @@ CATALOG = {
     "train_seqs": "one list of item ids per user, training part only",
 }
 READS = ("text", "image", "has_text", "has_image", "lang", "train_seqs")
+NOT_COMPILED = ("softmax_loss",)    # it would be, anew, for every shape
+CHUNK = 2 ** 16    # items whose inner values are kept in memory at a time
 
 
 @dataclass
@@ -152,7 +155,7 @@ class Fusion(nn.Module):
             "image": self.f_M[:, self.text_width:],
             "fused": self.f_M,
         }
-        u = {c: self.P[c](f[c]) for c in self.channels}                             # (N+1, d) each
+        u = {c: in_chunks(self.P[c], f[c]) for c in self.channels}                  # (N+1, d) each
         m = {c: self.norm[c](u[c]) for c in self.channels}                          # reading 2
         if len(m) == 1:    # w/o MF, or one modality
             return m[self.channels[0]] * self.has[:, 0]
@@ -188,6 +191,15 @@ def projection_head(width, cfg):
         nn.Dropout(cfg.dropout),
         nn.Linear(2 * cfg.dim, cfg.dim),
     )
+
+
+def in_chunks(function, *x):
+    """function of x (N+1, ...), row by row; of many rows CHUNK at a time, whose inner values are
+    computed again in the backward pass."""
+    if len(x[0]) <= CHUNK:
+        return function(*x)
+    parts = zip(*(rows.split(CHUNK) for rows in x))
+    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
 
 
 def in_unit_interval(similarity, has):
@@ -396,8 +408,12 @@ class SRMML(nn.Module):
         """
         if not self.cfg.use_gate:
             return torch.ones_like(mu)
-        y = torch.cat([self.language(self.lang), self.stats, mu.detach()], -1)    # (N+1, 2d + 1)
-        return self.cfg.gate_scale * self.gate(y)
+
+        def G(lang, stats, mu):
+            y = torch.cat([self.language(lang), stats, mu.detach()], -1)      # (n, 2d + 1)
+            return self.cfg.gate_scale * self.gate(y)
+
+        return in_chunks(G, self.lang, self.stats, mu)
 
     def states(self, seq, table):
         """Points of the users' Gaussians at every position: (B, L) -> (B, L, 2d), w/o PM d."""

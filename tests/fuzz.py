@@ -868,7 +868,7 @@ def outcome_of(made, folder) -> tuple:
                 sentences = [line for line in said.splitlines() if line.startswith("error: ")]
                 one = len(sentences) == 1 and said.endswith(sentences[0])
                 outcome = "refused" if code == 2 and one else "traceback"
-                if "there is not enough memory" in said:
+                if "the memory is full" in said:
                     outcome = "memory"
                 return outcome, said or f"exit code {code}"
     except Hang:

@@ -45,8 +45,8 @@ def raising(error):
     (lambda: 3, 3, ""),
     (raising(UserError("the data: is missing")), 2, "error: the data: is missing\n"),
     (raising(OSError("the disk is full")), 2, "error: the disk is full\n"),
-    (raising(MemoryError()), 2, "error: there is not enough memory (MemoryError): a smaller "
-     "--batch_size, --dim or --max_len needs less\n"),
+    (raising(MemoryError()), 2, "error: the memory is full (MemoryError): end what "
+     "else uses it, or give --device cpu or less data\n"),
     (raising(KeyboardInterrupt()), 130, "\nstopped; what was finished is on disk\n"),
 ], ids=["done", "a code", "user error", "full disk", "memory", "interrupted"])
 def test_how_a_script_ends(capsys, main, code, told):
@@ -353,6 +353,14 @@ def test_the_device(monkeypatch, capsys):
     with precision(torch.device("cpu")):    # plain float32
         x = torch.ones(2, 2)
         assert (x @ x).dtype == torch.float32
+
+
+def test_products_are_mixed_on_a_gpu_alone_and_only_by_that_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *given, enabled: asked.append(enabled))
+    for device, name in (("cuda", "bfloat16"), ("cuda", "float32"), ("cpu", "bfloat16")):
+        precision(torch.device(device), name)
+    assert asked == [True, False, False]
 
 
 def test_an_apple_gpu_is_picked_where_it_can_do_what_is_needed(monkeypatch, capsys):

@@ -1,4 +1,7 @@
 """bench.py runs: each comparison once, on a tiny shop, with small encoders."""
+import numpy as np
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -19,17 +22,30 @@ def small(monkeypatch):
 
 def test_the_command(small, tmp_path):
     write_shop(tmp_path / "shop")
-    flags = ("--data", "shop", "--only", "sasrec,evaluation", "--repeats", 1)
+    flags = ("--data", "shop", "--only", "sasrec,evaluation,setup,recommendation", "--repeats", 1)
     printed = run("bench.py", *flags, cwd=tmp_path).stdout
     lines = [line for line in printed.splitlines() if line.startswith("  ")]
-    assert len(lines) == 5
-    assert lines[0].split()[-1] == "1.0x"
+    with_recbole = 2 * (find_spec("recbole") is not None)
+    assert len(lines) == 9 + with_recbole
+    assert lines[0].split()[-1] == "1.0x" and "targets/s (" in lines[0]
+    assert sum(line.endswith(" 1.0x") for line in lines) >= 4
     refused(run("bench.py", "--only", "nothing", cwd=tmp_path, ok=False), "--only nothing")
-    assert "256 users" in run("bench.py", "--items", 300, cwd=tmp_path).stdout
+
+
+def test_a_made_up_shop(tmp_path):
+    flags = ("--items", 300, "--users", 2000, "--steps", 2, "--dim", 16)
+    printed = run("bench.py", *flags, cwd=tmp_path).stdout
+    for name in ("sasrec", "srmml", "mdsrec"):
+        assert f"{name}, 2000 users, 300 items, dim 16" in printed
+    assert printed.count("2 steps, ") == printed.count("evaluation of 2000 users") == 3
+    dataset, catalog = bench.made_shop(300, 2000)
+    sold = np.sort(np.bincount(dataset.flat, minlength=301)[1:])
+    assert sold[-30:].sum() > .25 * sold.sum()    # a tenth of the items
+    assert 9 < np.diff(dataset.offsets).mean() < 12 and np.diff(dataset.offsets).min() > 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["srmml", "msm4sr", "fmmsrec", "mmsr"])
+@pytest.mark.parametrize("name", ["srmml", "mdsrec", "msm4sr", "fmmsrec", "mmsr"])
 def test_each_contestant_does_some_work(small, name, tmp_path):
     dataset = data.load(write_shop(tmp_path / "shop"), root=tmp_path / "data")
     more = {"encoders": load_model_file("mmsr").TINY} if name == "mmsr" else {}

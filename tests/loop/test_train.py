@@ -1,5 +1,6 @@
 """The loop from the command line: what is written, several seeds, bad input, bad steps."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -463,6 +464,31 @@ def test_the_epoch_is_selected_on_some_users_and_reported_on_all(shop, tmp_path)
     assert whole == pytest.approx(round(whole))
     refused(run("train.py", *SASREC, "--valid_users", 0, cwd=tmp_path, ok=False),
             "--valid_users 0 must be at least 1")
+
+
+def test_the_precision_that_is_asked_for_reaches_every_step(shop, tmp_path, monkeypatch):
+    asked = []
+    real = train.precision
+
+    def watched(device, name):
+        asked.append(name)
+        return real(device, name)
+
+    monkeypatch.setattr(train, "precision", watched)
+    run("train.py", *SASREC, "--epochs", 1, "--precision", "float32", cwd=tmp_path)
+    assert set(asked) == {"float32"}
+    settings = json.loads((tmp_path / "runs/sasrec-shop-0/config.json").read_text())
+    assert settings["precision"] == "float32"
+    refused(run("train.py", *SASREC, "--epochs", 2, "--resume", cwd=tmp_path, ok=False),
+            "other settings (precision)")
+
+
+def test_nothing_is_compiled_by_torch_that_needs_a_c_compiler():
+    """The setting is read when torch is imported first."""
+    lines = (ROOT / "train.py").read_text().splitlines()
+    setting = next(i for i, line in enumerate(lines) if "TORCH_DISABLE_NATIVE_JIT" in line)
+    assert setting < lines.index("import torch")
+    assert os.environ["TORCH_DISABLE_NATIVE_JIT"] == "1"
 
 
 def test_compile_without_a_compiler_ends_in_one_sentence(shop, tmp_path, monkeypatch):

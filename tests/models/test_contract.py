@@ -691,6 +691,36 @@ def test_weights_start_small(name, tmp_path):
             assert weight.std().item() == pytest.approx(.02, rel=.2), key
 
 
+# ---------------- torch.compile
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_a_compiled_step_is_the_same_and_not_compiled_for_every_shape(name, tmp_path):
+    module = load_model_file(name)    # a copy of its own: it is changed
+    train.leave_as_they_are(module)
+    cfg = module.Config(**dataclasses.asdict(settings_of(name, tmp_path, layers=1)))
+    model = runs.build(module.Model, cfg, reads(name, make_catalog()), "cpu", 0)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    fast = torch.compile(model.forward, backend=keep, dynamic=True)
+    counts = []
+    for seed, (rows, length) in enumerate([(6, 9), (5, 7), (4, 12), (3, 5), (6, 15)]):
+        batch = {key: value[:rows] for key, value in make_batch(seed, length).items()}
+        found = []
+        for step in (fast, model):
+            torch.manual_seed(0)
+            found.append({key: loss.detach() for key, loss in step(batch).items()})
+        torch.testing.assert_close(*found)
+        counts.append(len(graphs))
+    torch.compiler.reset()
+    assert 0 < counts[2] == counts[-1]
+
+
 # ---------------- what a GPU would do, seen on a CPU
 # fake tensors have shape, type and device, and raise where a value is asked for
 
@@ -711,7 +741,7 @@ def test_branches_for_a_gpu_give_the_same(name, kind, tmp_path, monkeypatch):
 
 @every_stage
 def test_no_step_waits_for_a_gpu(name, kind, tmp_path, monkeypatch):
-    def autocast(device):
+    def autocast(device, name):
         return torch.autocast("cpu", torch.bfloat16)
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)

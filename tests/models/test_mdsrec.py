@@ -33,7 +33,9 @@ def make(**settings):
     text, image = make_features(5), make_features(7)
     image[3] = 0
     catalog = {"n_items": N, "text": text, "image": image, "train_seqs": make_seqs()}
-    return mdsrec.Model(mdsrec.Config(**small | settings), catalog)
+    model = mdsrec.Model(mdsrec.Config(**small | settings), catalog)
+    model.prepare(torch.device("cpu"))
+    return model
 
 
 def co_occurrence(max_len, **settings):
@@ -79,6 +81,57 @@ def test_no_sequences_give_no_co_occurrence():
         assert O.to_dense().sum() == O_T.to_dense().sum() == 0
 
 
+@pytest.mark.parametrize("partners", [0, 2])
+def test_co_occurrence_is_the_same_in_rows_of_any_number(partners):
+    whole = mdsrec.co_occurrence(make_seqs(), N, 6, partners=partners)
+    for tile in (1, 7, 20, 1000):
+        parts = mdsrec.co_occurrence(make_seqs(), N, 6, partners=partners, tile=tile)
+        for found, expected in zip(parts, whole):
+            assert torch.equal(found.indices(), expected.indices())
+            assert torch.equal(found.values(), expected.values())
+            assert found.is_coalesced()
+
+
+def test_no_more_pairs_are_held_than_those_of_a_tile(monkeypatch):
+    held = []
+    unique = torch.unique
+
+    def watched(x, **more):
+        held.append(len(x))
+        return unique(x, **more)
+
+    monkeypatch.setattr(torch, "unique", watched)
+    seqs = [list(range(1, N + 1)) for _ in range(40)]
+    mdsrec.co_occurrence(seqs, N, 6)
+    pairs = held.pop()
+    mdsrec.co_occurrence(seqs, N, 6, tile=40)    # an item at a time
+    assert sum(held) == pairs and max(held) <= 40 * 2 * 5
+
+
+def test_the_strongest_partners_of_each_item_are_kept():
+    every = torch.zeros(N + 1, N + 1)
+    for seq in make_seqs():
+        for p, i in enumerate(seq):
+            for q, j in enumerate(seq):
+                if i != j and abs(p - q) < 6:
+                    every[i, j] += 1 / abs(p - q)
+    kept = torch.zeros_like(every)
+    for i in range(1, N + 1):
+        best = sorted(range(1, N + 1), key=lambda j: (-every[i, j].item(), j))[:2]
+        kept[i, best] = kept[best, i] = 1
+    expected = every * kept
+    expected = expected / expected.sum(1, keepdim=True).clamp(min=1e-9)
+    found, transposed = mdsrec.co_occurrence(make_seqs(), N, 6, partners=2)
+    torch.testing.assert_close(found.to_dense(), expected)
+    torch.testing.assert_close(transposed.to_dense(), expected.T)
+    assert 0 < found._nnz() < mdsrec.co_occurrence(make_seqs(), N, 6)[0]._nnz()
+
+
+def test_the_model_keeps_the_partners_that_it_is_told():
+    expected, _ = mdsrec.co_occurrence(make_seqs(), N, 10, partners=2)
+    assert torch.equal(make(partners=2).O.to_dense(), expected.to_dense())
+
+
 def test_nearest_eqs_4_5():
     features = torch.randn(N + 1, 5)
     features[0] = features[4] = 0
@@ -97,6 +150,38 @@ def test_nearest_eqs_4_5():
 def test_equal_items_are_their_own_first_neighbours():
     features = torch.cat([torch.zeros(1, 4), torch.ones(9, 4)])
     assert mdsrec.nearest(features, 3)[1:, 0].tolist() == list(range(1, 10))
+
+
+def test_neighbours_do_not_depend_on_the_tile():
+    """With items that are alike and items without a feature; of equals the smaller id is first."""
+    torch.set_default_dtype(torch.float32)
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 24, generator=random)
+    features[200:260] = features[100]    # many equal ones
+    features[260:280] = 3 * features[50]
+    features[[0, 17, 299]] = 0
+    whole = mdsrec.nearest(features, 7, tile=1000)
+    for tile in (20, 64, 299):
+        assert torch.equal(mdsrec.nearest(features, 7, tile), whole)
+    assert whole[100].tolist() == [100, 200, 201, 202, 203, 204, 205]
+    assert whole[230].tolist() == [230, 100, 200, 201, 202, 203, 204]
+    assert whole[17].tolist() == [17] * 7
+    many = mdsrec.nearest(features, 299, tile=50)    # more than a tile has
+    assert torch.equal(many, mdsrec.nearest(features, 299, tile=1000))
+    assert len(set(many[5].tolist())) == 297
+
+
+def test_a_model_makes_its_graphs_once_when_they_are_first_needed():
+    catalog = {"n_items": N, "text": make_features(5), "image": make_features(7),
+               "train_seqs": make_seqs()}
+    small = mdsrec.Config(dim=8, heads=2, centers=3, neighbors=4)
+    model = mdsrec.Model(small, catalog)
+    assert not dict(model.named_buffers())
+    with mock.patch.object(mdsrec, "nearest", wraps=mdsrec.nearest) as watched:
+        model.encode_items()
+        model.prepare(torch.device("cpu"))
+    assert watched.call_count == 2
+    assert dict(model.named_buffers()).keys() >= {"O", "O_T", "graphs.text", "clusters.image"}
 
 
 def test_centres_are_means_of_members_eqs_10_11():
@@ -490,7 +575,7 @@ def test_without_cre_the_graphs_lose_co_occurrence_and_the_ids_keep_it():
 
 
 @pytest.mark.parametrize("setting, value", [
-    ("neighbors", -1), ("rho_image", 3.), ("centers", 0), ("inner", 0),
+    ("neighbors", -1), ("partners", -1), ("rho_image", 3.), ("centers", 0), ("inner", 0),
 ])
 def test_settings_that_make_no_sense_are_refused(setting, value):
     with pytest.raises(ValueError, match=f"{setting} {value}"):

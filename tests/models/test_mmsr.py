@@ -5,6 +5,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -387,6 +388,60 @@ def test_dropout_at_the_entrance_of_a_user_encoder(name, noisy, tmp_path):
     assert torch.equal(user(x, real), user(x, real)) != noisy
     user.eval()
     assert torch.equal(user(x, real), user(x, real))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"modality": "text"}, {"image_encoder": "tiny-swin", "cache": "off"},
+], ids=str)
+def test_many_items_in_parts_give_the_same_and_keep_less(changes, tmp_path, monkeypatch):
+    model = make(tmp_path, **changes).eval()
+
+    def loss_gradients_and_kept():
+        kept = []
+
+        def keep(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss, gradients = loss_and_gradients(model)
+        return loss, gradients, sum(kept)
+
+    loss, gradients, kept = loss_gradients_and_kept()
+    monkeypatch.setattr(mmsr, "PART", 5)
+    loss_of_parts, gradients_of_parts, kept_by_parts = loss_gradients_and_kept()
+    torch.testing.assert_close(loss_of_parts, loss)
+    torch.testing.assert_close(gradients_of_parts, gradients, rtol=1e-4, atol=1e-6)
+    assert kept_by_parts < .6 * kept
+
+
+def test_parts_draw_the_same_dropout_when_they_are_computed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(mmsr, "PART", 5)
+    model = make(tmp_path, dropout=.3).train()
+    weight = model.project["text"].bias
+
+    def loss():
+        torch.manual_seed(7)
+        return model.items(torch.arange(1, 20)).double().square().sum()
+
+    found, = torch.autograd.grad(loss(), weight)
+    at = int(found.abs().argmax())
+    values = []
+    for step in (1e-2, -1e-2):
+        weight.data[at] += step
+        values.append(loss().item())
+        weight.data[at] -= step
+    assert found[at].item() == pytest.approx((values[0] - values[1]) / 2e-2, rel=.01)
+
+
+def test_caches_share_one_budget_of_the_gpu():
+    """The smallest first; what does not fit stays where it is."""
+    sizes = (40, 10, 25)
+    for room, moved in ((400, "yyy"), (299, "nyy"), (300, "yyy"), (140, "nyy"), (99, "nyn"),
+                        (39, "nnn")):
+        caches = [mock.Mock(hidden=torch.zeros(size)) for size in sizes]
+        mmsr.move(caches, torch.device("meta"), room)
+        assert "".join("y" if cache.hidden.is_meta else "n" for cache in caches) == moved
 
 
 def test_a_gru_computes_in_the_precision_of_its_weights(tmp_path):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loop.settings import load_model_file
 
@@ -159,6 +160,24 @@ def test_a_large_catalog_goes_in_parts(monkeypatch):
     linear = torch.autograd.grad(z, (encoder.scale, encoder.shift), slope)
     found = (linear[0] * encoder.scale).sum() + (linear[1] * encoder.shift).sum()
     close(found, (z * slope).sum())
+
+
+def test_stacks_are_cast_once_under_autocast():
+    torch.set_default_dtype(torch.float32)
+    encoder = make().m2se.encoders["text"].eval()
+    expected = encoder()
+    cast = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_to_copy" in str(function) and args[0].shape == encoder.x.shape:
+                cast.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Casts(), torch.autocast("cpu", torch.bfloat16):
+        found = encoder()
+    close(found, expected, rtol=.1, atol=.1)
+    assert len(cast) == 1
 
 
 # ---------------- random dropout, mixup, Transformer

@@ -736,3 +736,53 @@ def test_heads_of_a_modality_that_no_item_has_learn_nothing(missing):
 def test_settings_that_make_no_sense_are_refused(setting, value):
     with pytest.raises(ValueError, match=f"{setting} {value}"):
         make(**{setting: value})
+
+
+# ---------------- large catalogs
+
+@pytest.mark.parametrize("setting", [{}, {"use_fusion": False}, {"use_gate": False}], ids=str)
+def test_a_large_catalog_in_chunks_gives_the_same_and_keeps_less(setting, monkeypatch):
+    torch.manual_seed(1)
+    model = make(**setting)
+    slope = torch.randn(N + 1, 8)
+
+    def table_and_gradients():
+        kept = []
+
+        def keep(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            table = model.encode_items()
+        loss = (table["gate"] * slope + table["mu"] * slope + table["sigma"] * slope).sum()
+        weights = [*model.fusion.parameters(), *model.item.parameters()]
+        return table, torch.autograd.grad(loss, weights, allow_unused=True), sum(kept)
+
+    table, gradients, kept = table_and_gradients()
+    monkeypatch.setattr(srmml, "CHUNK", 5)
+    in_chunks, of_chunks, kept_by_chunks = table_and_gradients()
+    torch.testing.assert_close(in_chunks, table)
+    torch.testing.assert_close(of_chunks, gradients)
+    assert kept_by_chunks < .7 * kept
+
+
+def test_chunks_draw_the_same_dropout_when_they_are_computed_again(monkeypatch):
+    """The gradient is that of the numbers that were given: finite differences, fixed draws."""
+    monkeypatch.setattr(srmml, "CHUNK", 5)
+    model = make(dropout=.3).train()
+    weight = model.fusion.P["text"][0].bias
+
+    def loss():
+        torch.manual_seed(7)
+        return model.encode_items()["mu"].square().sum()
+
+    found, = torch.autograd.grad(loss(), weight)
+    at = int(found.abs().argmax())
+    values = []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            weight[at] += step
+            values.append(loss().item())
+            weight[at] -= step
+    assert found[at].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
