@@ -141,7 +141,7 @@ def co_occurrence(
 ):
     """O and its transpose, sparse (N+1, N+1), zero diagonal.
 
-    O_ij = sum over users u of O_ij^u (2), where O_ij^u = 1 / D_ij (1) and D_ij is the distance
+    O_ij = sum over users u of O_ij^u, eq. (2); O_ij^u = 1 / D_ij, eq. (1). D_ij is the distance
     |p - q| of the places p of i and q of j in the sequence of u; each pair of places nearer than
     max_len counts (reading 1). Then each row of O is divided by its sum (reading 2).
 
@@ -149,38 +149,17 @@ def co_occurrence(
     a pair is kept where it is among so many strongest of one of its items; 0: every pair.
     """
     window = min(max_len, max(map(len, train_seqs), default=1)) - 1    # the largest distance
-    # all sequences end to end, with room around; user[n] is whose the n-th item is
-    items = torch.tensor([item for seq in train_seqs for item in seq], dtype=torch.long)
-    items = F.pad(items, (window, window)).to(device)
-    lengths = torch.tensor([len(seq) for seq in train_seqs], dtype=torch.long)
-    user = torch.arange(len(lengths)).repeat_interleave(lengths)
-    user = F.pad(user, (window, window), value=-1).to(device)
-    sold = items.bincount(minlength=n_items + 1)
-    sold[0] = 0                                                        # the room is no item
-    places = items.argsort(stable=True)[2 * window:]                   # of item 1, then of item 2
-    part = (sold.cumsum(0) - 1).clamp(min=0) // tile                   # (N+1,) in which an item is
-    sizes = torch.bincount(part, sold).long().tolist()
-    pairs, sums = [], []
-    for p in places.split(sizes):
-        i = items[p]
-        cells = [p.new_zeros(0)]                                       # (n,) each: where in O
-        scores = [p.new_zeros(0, dtype=torch.float64)]                 # (n,) each: 1 / D_ij
-        for distance in range(1, window + 1):                          # D_ij
-            for q in (p - distance, p + distance):
-                j = items[q]
-                counts = (user[p] == user[q]) & (i != j)               # of one user, two items
-                cells.append(i[counts] * (n_items + 1) + j[counts])
-                score = 1 / distance if use_dis else 1.0               # eq. (1)
-                scores.append(scores[0].new_full(cells[-1].shape, score))
-        cell, where = torch.unique(torch.cat(cells), return_inverse=True)
-        O_ij = scores[0].new_zeros(len(cell)).index_add_(0, where, torch.cat(scores))    # eq. (2)
+    items, user = end_to_end(train_seqs, window, device)
+    cells, values = [], []
+    for places in places_of_items(items, n_items, window, tile):
+        cell, O_ij = pairs_at(places, items, user, n_items, window, use_dis)
         if partners:
             kept = strongest(cell // (n_items + 1), O_ij, partners)
             cell, O_ij = cell[kept], O_ij[kept]
-        pairs.append(cell)
-        sums.append(O_ij)
-    cell, O_ij = torch.cat(pairs), torch.cat(sums)
-    if partners:    # O stays symmetric
+        cells.append(cell)
+        values.append(O_ij)
+    cell, O_ij = torch.cat(cells), torch.cat(values)
+    if partners:    # what one of a pair keeps, the other keeps
         mirrored = cell % (n_items + 1) * (n_items + 1) + cell // (n_items + 1)
         cell, where = torch.unique(torch.cat([cell, mirrored]), return_inverse=True)
         O_ij = O_ij.new_zeros(len(cell)).scatter_(0, where, O_ij.repeat(2))
@@ -193,6 +172,42 @@ def co_occurrence(
             index, value, (n_items + 1, n_items + 1), is_coalesced=True, check_invariants=True
         ))
     return tuple(both)
+
+
+def end_to_end(train_seqs, room, device):
+    """All sequences one after the other: items (n,) and whose they are (n,), with `room` places
+    of item 0 and user -1 at both ends."""
+    items = torch.tensor([item for seq in train_seqs for item in seq], dtype=torch.long)
+    lengths = torch.tensor([len(seq) for seq in train_seqs], dtype=torch.long)
+    user = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return F.pad(items, (room, room)).to(device), F.pad(user, (room, room), value=-1).to(device)
+
+
+def places_of_items(items, n_items, room, tile):
+    """The places of items 1..N in what `end_to_end` gives, about `tile` of them at a time, those
+    of one item together."""
+    places = items.argsort(stable=True)[2 * room:]                     # of item 1, then of item 2
+    sold = items.bincount(minlength=n_items + 1)
+    sold[0] = 0
+    part = (sold.cumsum(0) - 1).clamp(min=0) // tile                   # (N+1,) in which an item is
+    return places.split(torch.bincount(part, sold).long().tolist())
+
+
+def pairs_at(p, items, user, n_items, window, use_dis):
+    """All pairs of the items i at places p with items j of the same sequence: the cells
+    i (N+1) + j of O (n,), ascending, and O_ij (n,), eqs. (1) and (2)."""
+    i = items[p]
+    cells = [p.new_zeros(0)]
+    scores = [p.new_zeros(0, dtype=torch.float64)]
+    for distance in range(1, window + 1):                              # D_ij
+        for q in (p - distance, p + distance):
+            j = items[q]
+            counts = (user[p] == user[q]) & (i != j)                   # of one user, two items
+            cells.append(i[counts] * (n_items + 1) + j[counts])
+            score = 1 / distance if use_dis else 1.0                   # eq. (1)
+            scores.append(scores[0].new_full(cells[-1].shape, score))
+    cell, where = torch.unique(torch.cat(cells), return_inverse=True)
+    return cell, scores[0].new_zeros(len(cell)).index_add_(0, where, torch.cat(scores))    # eq. (2)
 
 
 def strongest(row, value, count):
@@ -243,19 +258,19 @@ def nearest(features, count, tile=None):
     tile = tile or (2 ** 13 if features.is_cuda else 2 ** 10)
     ids = torch.arange(1, N + 1, device=features.device)
     empty = ~features.any(1)                                # (N+1,) no feature: nobody's neighbour
-    less = torch.arange(N + 1, device=features.device, dtype=torch.float64)
-    less = less.masked_fill(empty, torch.inf)
+    number = torch.arange(N + 1, device=features.device, dtype=torch.float64)
+    number = number.masked_fill(empty, torch.inf)
     tiles = ids.split(tile)
     found = [ids.new_zeros(1, count)]                       # padding
     for rows in tiles:
-        best = less.new_zeros(len(rows), 0)
+        best = number.new_zeros(len(rows), 0)
         x = F.normalize(features[rows].double(), dim=-1)
         for columns in tiles:
             A = x @ F.normalize(features[columns].double(), dim=-1).T    # eq. (4)
             if rows is columns:
                 A.fill_diagonal_(2)                         # itself first, whoever equals it
-            # whole numbers: the cosine in steps of 2^-28, then the id
-            key = A.mul_(2 ** 28).round_().mul_(2 ** 24).sub_(less[columns])
+            # one number to sort by: the cosine in steps of 2^-28, then the smaller id
+            key = A.mul_(2 ** 28).round_().mul_(2 ** 24).sub_(number[columns])
             key = key.topk(min(count, len(columns))).values
             key = torch.cat([best, key], 1)
             best = key.topk(min(count, key.shape[1])).values             # eq. (5)

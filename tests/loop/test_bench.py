@@ -1,7 +1,7 @@
 """bench.py runs: each comparison once, on a tiny shop, with small encoders."""
-import numpy as np
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
