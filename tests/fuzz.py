@@ -389,8 +389,9 @@ def array_changed(array, rng):
         return array[:0]
     if array.size and array.dtype.kind in "fiu":
         worst = [np.nan, np.inf, -1e30] if array.dtype.kind == "f" else [-1, 100, 0]
-        array.reshape(-1)[rng.randrange(array.size)] = np.array(rng.choice(worst)).astype(
-            array.dtype)
+        with np.errstate(over="ignore"):
+            value = np.array(rng.choice(worst)).astype(array.dtype)
+        array.reshape(-1)[rng.randrange(array.size)] = value
     return array
 
 

@@ -1243,7 +1243,17 @@ def of_another_shape(path):
     np.save(path, np.load(path)[:-1])
 
 
-@pytest.mark.parametrize("damage", [cut_off, emptied, of_another_shape])
+def without_rows(path):
+    np.save(path, np.load(path)[:0])
+
+
+def with_a_header_that_does_not_end(path):
+    path.write_bytes(path.read_bytes().replace(b"}", b"{", 1))
+
+
+@pytest.mark.parametrize("damage", [
+    cut_off, emptied, of_another_shape, without_rows, with_a_header_that_does_not_end,
+])
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_a_damaged_cache_is_made_again(tmp_path, damage, modality, capsys):
     whole = make(tmp_path).eval().encode_items()
