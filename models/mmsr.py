@@ -497,6 +497,10 @@ def alone_in(folder):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except BlockingIOError:
+        print(f"waiting for another process that works in {folder}", flush=True)
         fcntl.flock(handle, fcntl.LOCK_EX)
         alone = True
     except OSError:

@@ -42,7 +42,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(1, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 
@@ -72,7 +72,7 @@ class Phase:
     line: str                                     # the command
     before: list = field(default_factory=list)    # commands; a function is called with the folder
     resumes: bool = False                         # whether the next start needs --resume
-    makes: str = None                             # a file that is made anew by every start
+    makes: str = None                             # a file or folder that every start makes anew
 
     @property
     def again(self):
@@ -110,7 +110,8 @@ def phases(address) -> list:
               two, makes="top.csv"),
         Phase("recommend-page", "recommend runs/mdsrec-shop-0 --user u1 --html u1.html --device "
               "cpu", two, makes="u1.html"),
-        Phase("vectors", "recommend runs/mdsrec-shop-0 --export vectors --device cpu", two),
+        Phase("vectors", "recommend runs/mdsrec-shop-0 --export vectors --device cpu", two,
+              makes="vectors"),
     ]
 
 
@@ -420,9 +421,9 @@ class Soak:
         refused = codes == [0, 2] and "another process is writing" in self.log.read_text()
         if codes != [0, 0] and not refused:
             return self.mismatch("never, two at once", [f"exit codes {codes}"])
-        found = snapshot(self.work)
-        if self.phase.makes:
-            found.pop(f"{self.phase.makes}~1", None)
+        earlier = f"{self.phase.makes}~1"
+        found = {path: bits for path, bits in snapshot(self.work).items()
+                 if not path.startswith(earlier)}
         different = differences(self.truth, found)
         if different:
             self.mismatch("never, two at once", different)
