@@ -30,6 +30,7 @@ from .files import (
     UserError,
     first_line,
     load_tensors,
+    memory_is_full,
     precision,
     read_json,
     sha256,
@@ -79,6 +80,8 @@ def whatever_it_raises(name):
     except UserError:
         raise
     except Exception as error:
+        if memory_is_full(error):
+            raise
         raise UserError(
             f"the encoder {name} cannot be used ({reason_of(error)}): give another, or a complete "
             f"copy of it"
