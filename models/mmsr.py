@@ -156,7 +156,10 @@ SMALL = dict(
     text_encoder="tiny", image_encoder="tiny", loss="in_batch", dim=64, lr=1e-3, encoder_lr=1e-3,
     batch_size=32, epochs=25, clip_norm=5.0,
 )
-PRESETS = {"demo": SMALL}
+PRESETS = {
+    "demo": SMALL,
+    "demo-few": SMALL | dict(epochs=80, patience=30),    # 300 users: few steps an epoch
+}
 
 
 # ---------------- encoders and their blocks (section 3.2)
