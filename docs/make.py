@@ -52,6 +52,8 @@ def keep(name, folders):
         run = comparison.finished(folder)
         settings = without_folders(run.settings)
         settings["encoders"] = without_folders(settings.get("encoders", {}))
+        if settings.get("init"):
+            settings["init"] = Path(settings["init"]).name
         beside = "" if folder.parent.name == "runs" else f"{folder.parent.name}-"
         target = KEPT / name / f"{beside}{folder.name}"
         target.mkdir(parents=True, exist_ok=True)
