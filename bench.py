@@ -42,7 +42,7 @@ ITEMS = 3_000       # items whose sentences are encoded per repetition
 
 # ---------------- measuring
 
-class Watch:
+class Stopwatch:
     """Seconds and memory since it was made."""
 
     def __init__(self, device):
@@ -104,7 +104,7 @@ def compare(title, unit, contestants, repeats, device):
     most = dict.fromkeys(contestants, 0)
     for _ in range(repeats):
         for name, contestant in contestants.items():
-            watch = Watch(device)
+            watch = Stopwatch(device)
             speeds[name].append(contestant() / watch.seconds())
             most[name] = max(most[name], watch.bytes())
     print(f"\n{title}")
@@ -627,7 +627,7 @@ def large(name, shop, steps, device, **settings):
     cfg = module.Config(**settings)
     catalog = {key: catalog[key] for key in ("n_items", *module.READS)}
     print(f"\n{name}, {dataset.n_users} users, {dataset.n_items} items, dim {cfg.dim}")
-    watch = Watch(device)
+    watch = Stopwatch(device)
     model = runs.build(module.Model, cfg, catalog, device, 0)
     rows = dataset.training_rows("prefixes" if cfg.prefixes else "sequences", cfg.max_len, device)
     say("set-up", watch)
@@ -638,11 +638,11 @@ def large(name, shop, steps, device, **settings):
     batches = islice(rows.epoch(cfg.batch_size, np.random.default_rng(0)), steps + 1)
     for number, (batch, index) in enumerate(batches):
         if number <= 1:    # the first one makes ready
-            watch, targets = Watch(device), 0
+            watch, targets = Stopwatch(device), 0
         train.train_step(trainer, batch, losses, rows.users[index])
         targets += len(index) if cfg.prefixes else rows.lengths[index].sum()
     say(f"{losses.steps - 1} steps, {targets} targets", watch)
-    watch = Watch(device)
+    watch = Stopwatch(device)
     evaluated = dataset.evaluated_rows("test", cfg.max_len, device, most=20_000)
     ranks_of(model, evaluated, device)
     say(f"evaluation of {len(evaluated)} users", watch)

@@ -325,18 +325,18 @@ class Columns:
 
     def __init__(self, raw, user_keys, item_keys):
         users = raw.users.places_in(user_keys)
-        times = np.asarray(raw.times)    # fractions of a second still order events
-        order = np.lexsort((times, users))    # equal times stay in the order of the lines
+        # fractions of a second still order events; equal times stay in the order of the lines
+        order = np.lexsort((raw.times, users))
         self.users = users[order]
         del users    # what is not needed is let go: this is where the memory is fullest
         self.items = raw.items.places_in(item_keys)[order]
-        self.times = times[order]
+        self.times = raw.times[order]
         self.variants = self.items
         if raw.variants:
             self.variants = np.asarray(raw.variants.numbers)[order]
         self.parts = np.zeros(len(order), np.int8)
         if raw.parts is not None:
-            self.parts = np.asarray(raw.parts, np.int8)[order]
+            self.parts = raw.parts[order]
         self.steps = []
         self.count("read")
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.files import command
@@ -65,6 +66,19 @@ def run(script, *args, cwd, ok=True):
     )
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@contextlib.contextmanager
+def kept_for_backward():
+    """The sizes, in numbers, of the tensors that autograd keeps for the backward pass: a list."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def refused(done, *words):

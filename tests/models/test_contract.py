@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from common.files import UserError
-from helpers import ROOT
+from helpers import ROOT, kept_for_backward
 from loop import runs
 from loop.settings import MODELS, has_recipe, load_model_file
 
@@ -594,13 +594,7 @@ def test_softmax_loss_never_holds_all_logits(name):
     rows, n_items = 400, 40_000
     states = torch.randn(rows, 4, requires_grad=True)
     items = torch.randn(n_items, 4, requires_grad=True)
-    kept = []
-
-    def keep(tensor):
-        kept.append(tensor.numel())
-        return tensor
-
-    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with Largest() as largest, kept_for_backward() as kept:
         MODULES[name].softmax_loss(states, items, torch.ones(rows, dtype=torch.long)).backward()
     assert largest.numel <= 64 * n_items
     assert max(kept) <= items.numel()    # what waits for the backward pass

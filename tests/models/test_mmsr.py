@@ -15,7 +15,7 @@ from PIL import Image
 
 import data as datasets
 from evaluate import evaluate
-from helpers import refused, run, write_shop
+from helpers import kept_for_backward, refused, run, write_shop
 from loop.settings import load_model_file
 
 transformers = pytest.importorskip("transformers")
@@ -397,13 +397,7 @@ def test_many_items_in_parts_give_the_same_and_keep_less(changes, tmp_path, monk
     model = make(tmp_path, **changes).eval()
 
     def loss_gradients_and_kept():
-        kept = []
-
-        def keep(tensor):
-            kept.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with kept_for_backward() as kept:
             loss, gradients = loss_and_gradients(model)
         return loss, gradients, sum(kept)
 

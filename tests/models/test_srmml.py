@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import kept_for_backward
 from loop.settings import load_model_file
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -551,13 +552,7 @@ def test_nothing_is_as_large_as_positions_times_items():
     }
     model = make(catalog, dim=d, heads=heads, dropout=.1)
     seq = torch.randint(1, n_items, (B, L))
-    kept = []
-
-    def keep(tensor):
-        kept.append(tensor.numel())
-        return tensor
-
-    with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with Sizes() as sizes, kept_for_backward() as kept:
         model({"seq": seq, "target": seq + 1})["next_item"].backward()
         model.score({"seq": seq}, model.encode_items())
     chunk = 64    # rows of the loss that are worked through at a time
@@ -747,13 +742,7 @@ def test_a_large_catalog_in_chunks_gives_the_same_and_keeps_less(setting, monkey
     slope = torch.randn(N + 1, 8)
 
     def table_and_gradients():
-        kept = []
-
-        def keep(tensor):
-            kept.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with kept_for_backward() as kept:
             table = model.encode_items()
         loss = (table["gate"] * slope + table["mu"] * slope + table["sigma"] * slope).sum()
         weights = [*model.fusion.parameters(), *model.item.parameters()]
