@@ -210,7 +210,7 @@ def within_memory(job):
 
 
 def train_and_test(job, stages, weights, seed, folder) -> dict:
-    begin = time.perf_counter()
+    begin = time.perf_counter() - runs.seconds_so_far(folder)
     model, progress = train(job, stages, weights, seed, folder)
     result = {}
     examples = []

@@ -14,6 +14,7 @@ parts it shows; a plot is named by such a line too:
     <!-- parts demo/srmml-demo-0, scientific/srmml-scientific-mm-0 -->
     <!-- end -->
     <!-- plot demo: docs/demo.svg; oracle=.3316 -->
+    <!-- frontier scientific, digest-scientific: docs/frontier.svg -->
 
 Runs that differ in the seed alone are one row: mean ± standard deviation. The best of a column is
 bold.
@@ -38,8 +39,11 @@ INSIDE = r"((?:(?!<!-- (?:runs|parts) ).)*?)(<!-- end -->)"
 TABLE = re.compile(r"(<!-- runs ([^:\n]+): ([^\n]+) -->\n)" + INSIDE, re.DOTALL)
 PARTS = re.compile(r"(<!-- parts ([^\n]+) -->\n)" + INSIDE, re.DOTALL)
 PLOT = re.compile(r"<!-- plot ([^:\n]+): (\S+?)(?:; ([^\n]+))? -->")
+FRONTIER = re.compile(r"<!-- frontier ([^:\n]+): (\S+?) -->")
 OTHER = {"epoch": "best_epoch", "seconds": "seconds", "weights": "parameters"}
+MASKED_COLD = "masked cold N@10"
 WIDTH, ROW, LEFT, RIGHT = 760, 30, 110, 110    # pixels
+HEIGHT, EDGE = 460, 60
 
 
 # ---------------- what is kept
@@ -94,6 +98,16 @@ def rows_of(name) -> dict:
     return {row: rows[row] for row in sorted(rows, key=lambda row: -best[row])}
 
 
+def numbers_of(runs) -> dict:
+    """A row's numbers, as in the table of `evaluate.py`, and those of cold items without the
+    history."""
+    cold = [run.metrics["groups_masked"].get("cold") for run in runs]
+    numbers = comparison.summary(runs)
+    if None not in cold:
+        numbers[MASKED_COLD] = comparison.mean_and_spread([group["ndcg@10"] for group in cold])
+    return numbers
+
+
 def is_plain(folder) -> bool:
     """Whether a run was kept from runs/, the others being named by what sets them apart from it."""
     return folder.name.startswith(f"{read_json(folder / 'config.json')['model']}-")
@@ -102,11 +116,11 @@ def is_plain(folder) -> bool:
 # ---------------- tables
 
 def table(name, columns) -> str:
-    known = [*OTHER, *(heading for heading, _, _ in comparison.COLUMNS)]
+    known = [*OTHER, *(heading for heading, _, _ in comparison.COLUMNS), MASKED_COLD]
     strange = [column for column in columns if column not in known]
     if strange:
         raise UserError(f"{strange[0]} is no column of a table: give some of {', '.join(known)}")
-    rows = {row: comparison.summary(runs) for row, runs in rows_of(name).items()}
+    rows = {row: numbers_of(runs) for row, runs in rows_of(name).items()}
     lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     best = {column: max((row[column][0] for row in rows.values() if column in row), default=0)
             for column in columns if column not in OTHER}
@@ -220,6 +234,55 @@ def plot(rows, title, marks) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
+def frontier(rows) -> str:
+    """An SVG of points: NDCG@10 over all (across) and of cold items (up), without the history."""
+    points = {}
+    for name, runs in rows.items():
+        numbers = numbers_of(runs)
+        points[name] = numbers["masked N@10"][0], numbers[MASKED_COLD][0]
+    right = 1.08 * max(x for x, _ in points.values())
+    top = 1.12 * max(y for _, y in points.values())
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'font-family="system-ui, sans-serif" font-size="13" fill="#222">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        '<text x="12" y="22" font-weight="bold">NDCG@10 without the history: over all, and of '
+        'cold items</text>',
+        f'<path d="M{EDGE} {EDGE - 20}V{HEIGHT - EDGE}H{WIDTH - 20}" fill="none" stroke="#999"/>',
+        f'<text x="{WIDTH - 20}" y="{HEIGHT - 14}" text-anchor="end">over all</text>',
+        f'<text x="12" y="{EDGE - 14}">cold</text>',
+    ]
+
+    def across(x):
+        return EDGE + x / right * (WIDTH - EDGE - 20)
+
+    def up(y):
+        return HEIGHT - EDGE - y / top * (HEIGHT - 2 * EDGE)
+
+    for tick in range(1, int(right / 0.02) + 1):
+        x = 0.02 * tick
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - EDGE + 18}" font-size="11" '
+                     f'fill="#666" text-anchor="middle">{comparison.shown(x)[:3]}</text>')
+    for tick in range(1, int(top / 0.01) + 1):
+        y = 0.01 * tick
+        parts.append(f'<text x="{EDGE - 6}" y="{up(y) + 4:.1f}" font-size="11" fill="#666" '
+                     f'text-anchor="end">{comparison.shown(y)[:3]}</text>')
+    taken = []    # heights of labels, so that none covers another
+    for name, (x, y) in sorted(points.items(), key=lambda point: point[1]):
+        colour = "#c2542a" if name.startswith("digest") else "#2a62b8"
+        label = up(y) + 4
+        while any(abs(label - other) < 14 and abs(across(x) - place) < 150
+                  for place, other in taken):
+            label -= 14
+        taken.append((across(x), label))
+        parts.append(
+            f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="5" fill="{colour}"/>'
+            f'<text x="{across(x) - 10:.1f}" y="{label:.1f}" text-anchor="end">'
+            f'{escape(name)}</text>'
+        )
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def plots_in(page) -> dict:
     """{path: SVG} of the plots that a page names."""
     found = {}
@@ -232,6 +295,11 @@ def plots_in(page) -> dict:
                 f"the plot {name}: {path} has the marks {marks}: write NAME=NUMBER; NAME=NUMBER"
             ) from None
         found[ROOT / path] = plot(rows_of(name), "NDCG@10 without the history", values)
+    for sets, path in FRONTIER.findall(page):
+        rows = {}
+        for name in names_in(sets):
+            rows |= rows_of(name)
+        found[ROOT / path] = frontier(rows)
     return found
 
 

@@ -1,7 +1,8 @@
 """Items that a model was not trained on: their features, and one catalog of old and new.
 
-Only a model whose weights belong to no item can score them. Features are made by the encoders of
-the run.
+Only a model can score them whose weights belong to no item, or whose file says in ROWS_OF_ITEMS
+which weights have rows that mean nothing for an item that nobody bought. Features are made by the
+encoders of the run.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ def model_of_more(run, path):
         joined["lang"] = languages(dataset, new)
     model = build(run.module.Model, run.cfg, joined, run.device, run.settings["seed"])
     refuse_weights_of_items(run, model)
-    load_weights(model, run.folder / "model.safetensors")
+    load_weights(model, run.folder / "model.safetensors", rows_of_items(run))
     dataset.items.extend(new.items[1:])
     dataset.fetched.update(new.fetched)
     return model
@@ -63,13 +64,19 @@ def refuse_weights_of_items(run, model):
     larger = [
         name for name, weight in model.state_dict().items()
         if name in trained and trained[name].shape != weight.shape
+        and name not in rows_of_items(run)
     ]
     if larger:
         raise UserError(
             f"{run.settings['model']} learned weights for each item ({larger[0]}), and new ones "
             f"have none: --items needs a model that reads content alone, such as mmsr, fmmsrec, or "
-            f"msm4sr trained with --use_id false"
+            f"msm4sr trained with --use_id false, or digest"
         )
+
+
+def rows_of_items(run):
+    """Names of weights with a row for each item, of which new ones need none."""
+    return getattr(run.module, "ROWS_OF_ITEMS", ())
 
 
 def join(key, old, new):

@@ -330,9 +330,20 @@ def read_log(folder) -> list:
     return [line for line in lines if line is not None]
 
 
-def load_weights(model, path):
-    """Raises UserError where the file is damaged or holds other weights than the model has."""
+def seconds_so_far(folder) -> float:
+    """What the epochs took that a run's log has already."""
+    lines = read_log(folder) if (folder / "log.jsonl").is_file() else []
+    return sum(line.get("seconds", 0) for line in lines)
+
+
+def load_weights(model, path, rows_of_items=()):
+    """Raises UserError where the file is damaged or holds other weights than the model has.
+
+    rows_of_items: names of weights that get rows of zeros for the items that the file has none for.
+    """
     weights, _ = load_tensors(path, "train again")
+    for name in rows_of_items:
+        weights[name] = with_rows(weights[name], len(model.state_dict()[name]))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -340,6 +351,11 @@ def load_weights(model, path):
         raise UserError(
             f"{path} holds other weights than the model has ({reason}): train again"
         ) from None
+
+
+def with_rows(weight, count):
+    """A weight (N, ...) with zeros below, (count, ...)."""
+    return torch.cat([weight, weight.new_zeros(count - len(weight), *weight.shape[1:])])
 
 
 # ---------------- the folder of a run

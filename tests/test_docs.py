@@ -63,8 +63,8 @@ def paper(request):
     return page.read_text(encoding="utf-8"), code.read_text(encoding="utf-8")
 
 
-def test_each_paper_has_its_page():
-    assert PAPERS == ["fmmsrec", "mdsrec", "mmsr", "msm4sr", "srmml"]
+def test_each_paper_and_our_own_model_has_its_page():
+    assert PAPERS == ["digest", "fmmsrec", "mdsrec", "mmsr", "msm4sr", "srmml"]
 
 
 def test_pages_on_papers_fit_the_code(paper):

@@ -192,6 +192,7 @@ SETTINGS = {    # of a model: what is refused of it
                "pretrain_epochs -1", "pretrain_lr 0", "e2e true pretrain_epochs 5",
                "e2e true use_nip false use_cmcl false pretrain_epochs 0",
                "use_nip false use_cmcl false pretrain_epochs 5"],
+    "digest": ["input_dropout 1", "neighbors 0", "rare -1", "new 2", "loud -1", "decay 2"],
     "srmml": ["gate_scale 0", "languages 0", "temperature -1"],
 }
 

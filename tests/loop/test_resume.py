@@ -147,11 +147,15 @@ def test_a_run_can_be_given_more_epochs(shop, tmp_path, valid_every):
     run("train.py", *args, "--epochs", 4, "--out", "longer", cwd=tmp_path)
     whole, longer = tmp_path / "whole/sasrec-shop-0", tmp_path / "longer/sasrec-shop-0"
     before = (longer / "metrics.json").read_text()
+    log = [json.loads(line) for line in (longer / "log.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**line, "seconds": 1000}) + "\n" for line in log]
+    (longer / "log.jsonl").write_text("".join(lines))
     done = run("train.py", *args, "--epochs", 6, "--out", "longer", "--resume", cwd=tmp_path)
     assert "goes on; its metrics so far are now metrics.json~1" in done.stdout
     assert "train epoch   4" not in done.stdout and "train epoch   5" in done.stdout
     assert (longer / "metrics.json~1").read_text() == before
     assert log_of(longer) == log_of(whole)
+    assert 4000 < metrics_of(longer)["seconds"] < 4100    # those of before count
     for file in ("model.safetensors", "ranks-test.npy"):
         assert (whole / file).read_bytes() == (longer / file).read_bytes()
     again = run("train.py", *args, "--epochs", 6, "--out", "longer", "--resume", cwd=tmp_path)
