@@ -276,6 +276,8 @@ def frontier(rows) -> str:
             label -= 14
         taken.append((across(x), label))
         parts.append(
+            f'<path d="M{across(x):.1f} {up(y):.1f}L{across(x) - 9:.1f} {label - 4:.1f}" '
+            f'stroke="#999"/>'
             f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="5" fill="{colour}"/>'
             f'<text x="{across(x) - 10:.1f}" y="{label:.1f}" text-anchor="end">'
             f'{escape(name)}</text>'

@@ -2,6 +2,7 @@
 import re
 import runpy
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -260,6 +261,16 @@ def test_a_table_of_parts_is_made_of_what_life_found(tmp_path, monkeypatch):
     (tmp_path / "kept/shop/sasrec-shop-0/parts.json").unlink()
     with pytest.raises(UserError, match="shop/sasrec-shop-0 has no parts.json"):
         make.written(page)
+
+
+def test_a_frontier_has_a_point_and_a_name_for_each_row():
+    rows = make.rows_of("scientific")
+    svg = ElementTree.fromstring(make.frontier(rows))
+    drawn = [node.tag.partition("}")[2] for node in svg]
+    assert drawn.count("circle") == len(rows)
+    assert set(rows) <= {node.text for node in svg}
+    page = "<!-- frontier scientific, digest-frontier: docs/x.svg -->"
+    assert list(make.plots_in(page)) == [ROOT / "docs/x.svg"]
 
 
 @pytest.mark.parametrize("look, text", [
