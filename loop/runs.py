@@ -342,8 +342,9 @@ def load_weights(model, path, rows_of_items=()):
     rows_of_items: names of weights that get rows of zeros for the items that the file has none for.
     """
     weights, _ = load_tensors(path, "train again")
-    for name in rows_of_items:
-        weights[name] = with_rows(weights[name], len(model.state_dict()[name]))
+    trained = model.state_dict()
+    for name in weights.keys() & trained.keys() & set(rows_of_items):
+        weights[name] = with_rows(weights[name], len(trained[name]))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
