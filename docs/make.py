@@ -189,6 +189,16 @@ def names_in(text) -> list:
 
 # ---------------- plots
 
+def opening(height, title) -> list:
+    """The first lines of an SVG: a white page and its title."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'font-family="system-ui, sans-serif" font-size="13" fill="#222">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        f'<text x="12" y="22" font-weight="bold">{escape(title)}</text>',
+    ]
+
+
 def plot(rows, title, marks) -> str:
     """An SVG of horizontal bars, masked NDCG@10, with the spread of the seeds, and vertical lines
     at the marks."""
@@ -199,12 +209,7 @@ def plot(rows, title, marks) -> str:
     }
     longest = max([*map(max, values.values()), *marks.values()])
     scale = (WIDTH - LEFT - RIGHT) / longest
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="#222">',
-        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
-        f'<text x="12" y="22" font-weight="bold">{escape(title)}</text>',
-    ]
+    parts = opening(height, title)
     for name, value in marks.items():
         x = LEFT + value * scale
         parts.append(
@@ -243,11 +248,7 @@ def frontier(rows) -> str:
     right = 1.08 * max(x for x, _ in points.values())
     top = 1.12 * max(y for _, y in points.values())
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="#222">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        '<text x="12" y="22" font-weight="bold">NDCG@10 without the history: over all, and of '
-        'cold items</text>',
+        *opening(HEIGHT, "NDCG@10 without the history: over all, and of cold items"),
         f'<path d="M{EDGE} {EDGE - 20}V{HEIGHT - EDGE}H{WIDTH - 20}" fill="none" stroke="#999"/>',
         f'<text x="{WIDTH - 20}" y="{HEIGHT - 14}" text-anchor="end">over all</text>',
         f'<text x="12" y="{EDGE - 14}">cold</text>',
@@ -267,7 +268,7 @@ def frontier(rows) -> str:
         y = 0.01 * tick
         parts.append(f'<text x="{EDGE - 6}" y="{up(y) + 4:.1f}" font-size="11" fill="#666" '
                      f'text-anchor="end">{comparison.shown(y)[:3]}</text>')
-    taken = []    # heights of labels, so that none covers another
+    taken = []    # places of labels, so that none covers another
     for name, (x, y) in sorted(points.items(), key=lambda point: point[1]):
         colour = "#c2542a" if name.startswith("digest") else "#2a62b8"
         label = up(y) + 4

@@ -61,10 +61,10 @@ def leave_out_what_was_not_trained(run, catalog, path):
 def refuse_weights_of_items(run, model):
     """Raises UserError where a model of more items has larger weights than the trained one."""
     trained, _ = load_tensors(run.folder / "model.safetensors", "train again")
+    needed = trained.keys() - set(rows_of_items(run))
     larger = [
         name for name, weight in model.state_dict().items()
-        if name in trained and trained[name].shape != weight.shape
-        and name not in rows_of_items(run)
+        if name in needed and trained[name].shape != weight.shape
     ]
     if larger:
         raise UserError(

@@ -16,7 +16,7 @@ number for what it is worth that a person has an item already; (e) the scores ar
 What comes from where, and what is new:
  1. SASRec: the causal Transformer and a softmax over all items. MDSRec: for each modality a table,
     an encoder and a prediction, and graphs of like items that carry ids, (2), (5), (6). Each stream
-    has a softmax of its own: under one softmax of the sum they lean on each other.
+    has a softmax of its own: one softmax of the sum reaches fewer new items.
  2. FMMS-Rec, MSM4SR, SRMML: content mapped into the width of the ids, (3).
  3. MMSR and the untrained cosine: on new items what knows no ids wins. So an item that is bought
     rarely is trusted little as an id, (1) and (4), and the cosine is a stream, (7) and (8). Its
