@@ -620,8 +620,16 @@ def made_shop(n_items, n_users, width=64):
     return dataset, catalog
 
 
-def large(name, shop, steps, device, **settings):
-    """A model on a made-up shop: its set-up, some steps, and the evaluation of 20,000 users."""
+LARGE = """
+| | items | set-up, s | 1,000 targets, s | 1,000 users ranked, s | peak, GB |
+|---|---|---|---|---|---|"""
+
+
+def large(name, shop, steps, ranked, device, **settings):
+    """A model on a made-up shop: its set-up, some steps, and the evaluation of some users.
+
+    Prints each as it is done -> a row of the table under LARGE.
+    """
     dataset, catalog = shop
     module = load_model_file(name)
     cfg = module.Config(**settings)
@@ -630,7 +638,7 @@ def large(name, shop, steps, device, **settings):
     watch = Stopwatch(device)
     model = runs.build(module.Model, cfg, catalog, device, 0)
     rows = dataset.training_rows("prefixes" if cfg.prefixes else "sequences", cfg.max_len, device)
-    say("set-up", watch)
+    setup, *peaks = say("set-up", watch)
     trainer = train.Trainer(
         model, model.forward, train.optimizer_of(model, cfg, cfg.lr), device, cfg.batch_size
     )
@@ -641,16 +649,23 @@ def large(name, shop, steps, device, **settings):
             watch, targets = Stopwatch(device), 0
         train.train_step(trainer, batch, losses, rows.users[index])
         targets += len(index) if cfg.prefixes else rows.lengths[index].sum()
-    say(f"{losses.steps - 1} steps, {targets} targets", watch)
+    training, *more = say(f"{losses.steps - 1} steps, {targets} targets", watch)
+    peaks += more
     watch = Stopwatch(device)
-    evaluated = dataset.evaluated_rows("test", cfg.max_len, device, most=20_000)
+    evaluated = dataset.evaluated_rows("test", cfg.max_len, device, most=ranked)
     ranks_of(model, evaluated, device)
-    say(f"evaluation of {len(evaluated)} users", watch)
+    ranking, *more = say(f"evaluation of {len(evaluated)} users", watch)
+    peaks += more
+    numbers = setup, 1000 * training / targets, 1000 * ranking / len(evaluated), max(peaks)
+    cells = [f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in numbers]
+    return f"| {name} | {dataset.n_items:,} | {' | '.join(cells)} |"
 
 
 def say(what, watch):
-    print(f"  {what:<52}{watch.seconds():>10.1f} s, at most {peak(watch.device) / 1e9:.1f} GB",
-          flush=True)
+    """Seconds and gigabytes, after printing them."""
+    seconds, gigabytes = watch.seconds(), peak(watch.device) / 1e9
+    print(f"  {what:<52}{seconds:>10.1f} s, at most {gigabytes:.1f} GB", flush=True)
+    return seconds, gigabytes
 
 
 def main():
@@ -665,16 +680,24 @@ def main():
                                   "made-up shop of so many items")
     add("--users", type=int, default=1000, help="its users (default: 1000)")
     add("--steps", type=int, default=10, help="training steps in it (default: 10)")
+    add("--ranked", type=int, default=20_000, help="users to evaluate in it (default: 20000)")
     add("--dim", type=int, help="width of the models in it (default: their own)")
     add("--only", help=f"some of {','.join(COMPARISONS)} (default: all)")
     add("--repeats", type=int, default=3, help="how often each contestant runs (default: 3)")
     args = parser.parse_args()
+    for name in ("items", "users", "steps", "ranked", "dim", "repeats"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name} {number} must be at least 1")
     device = pick_device(args.device)
     if args.items:
         shop = made_shop(args.items, args.users)
         settings = {"dim": args.dim} if args.dim else {}
-        for name in (args.only or "sasrec,srmml,mdsrec").split(","):
-            large(name, shop, args.steps, device, **settings)
+        names = (args.only or "sasrec,srmml,mdsrec").split(",")
+        rows = [
+            large(name, shop, args.steps, args.ranked, device, **settings) for name in names
+        ]
+        print("\n".join([LARGE, *rows]))
         return
     names = args.only.split(",") if args.only else list(COMPARISONS)
     unknown = [name for name in names if name not in COMPARISONS]

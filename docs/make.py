@@ -15,12 +15,14 @@ parts it shows; a plot is named by such a line too:
     <!-- end -->
     <!-- plot demo: docs/demo.svg; oracle=.3316 -->
     <!-- frontier scientific, digest-scientific: docs/frontier.svg -->
+    <!-- growth: docs/growth.svg -->
 
 Runs that differ in the seed alone are one row: mean ± standard deviation. The best of a column is
-bold.
+bold. A growth plot shows the table that follows it: | model | items | numbers ... |.
 """
 import argparse
 import json
+import math
 import re
 import sys
 from html import escape
@@ -39,11 +41,13 @@ INSIDE = r"((?:(?!<!-- (?:runs|parts) ).)*?)(<!-- end -->)"
 TABLE = re.compile(r"(<!-- runs ([^:\n]+): ([^\n]+) -->\n)" + INSIDE, re.DOTALL)
 PARTS = re.compile(r"(<!-- parts ([^\n]+) -->\n)" + INSIDE, re.DOTALL)
 PLOT = re.compile(r"<!-- plot ([^:\n]+): (\S+?)(?:; ([^\n]+))? -->")
+GROWTH = re.compile(r"<!-- growth: (\S+?) -->\n\n((?:\|.*\n)+)")
 FRONTIER = re.compile(r"<!-- frontier ([^:\n]+): (\S+?) -->")
 OTHER = {"epoch": "best_epoch", "seconds": "seconds", "weights": "parameters"}
 MASKED_COLD = "masked cold N@10"
 WIDTH, ROW, LEFT, RIGHT = 760, 30, 110, 110    # pixels
 HEIGHT, EDGE = 460, 60
+COLOURS = "#2a62b8", "#c2542a", "#3a8f4d", "#8a4fb0"
 
 
 # ---------------- what is kept
@@ -286,6 +290,59 @@ def frontier(rows) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
+def growth(table) -> str:
+    """An SVG of a Markdown table | model | items | numbers ... |: each number against the items, a
+    line for each model, all axes logarithmic."""
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
+                      for line in table.splitlines()]
+    numbers = {}    # of each model its rows
+    for model, *cells in rows:
+        numbers.setdefault(model, []).append([float(cell.replace(",", "")) for cell in cells])
+    height, wide = 330, (WIDTH - 20) / (len(head) - 2)
+    parts = opening(height, "What grows with the number of items, and how")
+    for column, title in enumerate(head[2:], start=1):
+        lines = [[(row[0], row[column]) for row in rows if row[column] > 0]
+                 for rows in numbers.values()]
+        parts += panel(title, lines, 20 + wide * (column - 1), wide, height)
+    for n, (colour, model) in enumerate(zip(COLOURS, numbers)):
+        x = 30 + 100 * n
+        parts.append(f'<circle cx="{x}" cy="{height - 19}" r="5" fill="{colour}"/>'
+                     f'<text x="{x + 10}" y="{height - 15}">{escape(model)}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def panel(title, lines, start, wide, height) -> list:
+    """Lines of points (x, y) on logarithmic axes, in the elements of an SVG."""
+    xs = sorted({x for line in lines for x, _ in line})
+    ys = [y for line in lines for _, y in line]
+    low, top = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+    top += low == top
+
+    def across(x):
+        share = math.log(x / xs[0]) / max(math.log(xs[-1] / xs[0]), 1e-9)
+        return start + 34 + (wide - 60) * share
+
+    def up(y):
+        return height - 60 - (height - 130) * (math.log10(y) - low) / (top - low)
+
+    left, right, bottom = across(xs[0]), across(xs[-1]), up(10 ** low)
+    parts = [f'<text x="{start + 4:.1f}" y="50">{escape(title)}</text>'
+             f'<path d="M{left:.1f} {up(10 ** top):.1f}V{bottom:.1f}H{right:.1f}" fill="none" '
+             f'stroke="#999"/>']
+    for power in range(low, top + 1):
+        parts.append(f'<text x="{left - 6:.1f}" y="{up(10 ** power) + 4:.1f}" font-size="11" '
+                     f'fill="#666" text-anchor="end">{10 ** power:g}</text>')
+    for x in xs:
+        parts.append(f'<text x="{across(x):.1f}" y="{bottom + 16:.1f}" font-size="11" '
+                     f'fill="#666" text-anchor="middle">{x / 1000:g}k</text>')
+    for colour, line in zip(COLOURS, lines):
+        path = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in line)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3.5" fill="{colour}"/>'
+                  for x, y in line]
+    return parts
+
+
 def plots_in(page) -> dict:
     """{path: SVG} of the plots that a page names."""
     found = {}
@@ -303,6 +360,8 @@ def plots_in(page) -> dict:
         for name in names_in(sets):
             rows |= rows_of(name)
         found[ROOT / path] = frontier(rows)
+    for path, table in GROWTH.findall(page):
+        found[ROOT / path] = growth(table)
     return found
 
 

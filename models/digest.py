@@ -1,40 +1,40 @@
 """Digest: what the five papers of this project taught, in one small model. Not from a paper.
 
 Ids are good at what is bought often, content at what is bought rarely or never, and nearly nobody
-buys a thing again. So: (a) three tables of items, from ids, texts and pictures, in which rare items
-borrow from others like them, and in training some items play new; (b) a Transformer over each
-table, and each learns to predict alone; (c) the plain cosine with what was read lately; (d) one
-number for what it is worth that a person has an item already; (e) the scores are added.
+buys a thing again. So: (a) three tables of items, of ids, texts and pictures; in the last two an
+item is what others like it and its content say, in the first a new item is what these two say, and
+in training some items play new; (b) a Transformer over each table, and each learns to predict
+alone; (c) the plain cosine with what was read lately; (d) one number for what it is worth that a
+person has an item already; (e) the scores are added.
 
-  ids e, times trust n / (n + k) (1) --> mean of the H nearest (2) + content, mapped (3) --> T^m
-                                  |                                                      |
-                                  +------------> the rest, k / (n + k), is of T^m (4) <--+ --> T^id
-  s in {id, text, image}:  T^s of the history --> Transformer^s (5) --> h^s --> h^s . T^s (6)
-  content of the history, the older the fainter (7) --> cosine with that of an item (8)
-  each: + r if the item is in the history (9), softmax, cross entropy (10);  score = their sum (11)
+  ids e of the H nearest others: their mean (1) + content, mapped (2) --> T^text, T^image
+  the id of an item, or if it is new the mean of T^text and T^image (3) --> T^id
+  s in {id, text, image}:  T^s of the history --> Transformer^s (4) --> h^s --> h^s . T^s (5)
+  content of the history, the older the fainter (6) --> cosine with that of an item (7)
+  each: + r if the item is in the history (8), softmax, cross entropy (9);  score = their sum (10)
 
 What comes from where, and what is new:
  1. SASRec: the causal Transformer and a softmax over all items. MDSRec: for each modality a table,
-    an encoder and a prediction, and graphs of like items that carry ids, (2), (5), (6). Each stream
+    an encoder and a prediction, and graphs of like items that carry ids, (1), (4), (5). Each stream
     has a softmax of its own: one softmax of the sum reaches fewer new items.
- 2. FMMS-Rec, MSM4SR, SRMML: content mapped into the width of the ids, (3).
- 3. MMSR and the untrained cosine: on new items what knows no ids wins. So an item that is bought
-    rarely is trusted little as an id, (1) and (4), and the cosine is a stream, (7) and (8). Its
+ 2. FMMS-Rec, MSM4SR, SRMML: content mapped into the width of the ids, (2).
+ 3. MMSR and the untrained cosine: on new items what knows no ids wins. So texts and pictures have
+    streams that do not read an item's own id, (1) and (2), and the cosine is one, (6) and (7). Its
     weight depends on how often an item was bought; for the target this purchase is not counted.
- 4. New: in each step every item is new with a chance, its id 0, so that the rest learns to speak
-    for it. Where new items are bought this is worth much; elsewhere it costs (PRESETS).
- 5. New: r of (9), learned. All of the five recommend what a person has, and learn to push it down,
+ 4. New: in each step every item is new with a chance, its id 0 in (1) and (3), so that the rest
+    learns to speak for it. Where new items are bought this is worth much; elsewhere it costs.
+ 5. New: r of (8), learned. All of the five recommend what a person has, and learn to push it down,
     and with it what is like it. Where people do buy things again, r becomes positive.
  6. Left out, as they made no difference or cost more than they gave: interest centres, Gaussians,
     fusion by agreement, gates of experts, pre-training, co-occurrence (docs/papers/digest.md).
 
 Readings:
  7. content is centred, since vectors of one encoder share a direction that says nothing, and has
-    norm 1. An item without a modality is its own only neighbour there, 0 as content, and borrows
-    nothing from it in (4).
+    norm 1. An item without a modality is in that stream what it is in the stream of ids, and in
+    the cosine of that modality it is 0.
  8. an item that nobody bought is no neighbour of others, and is not in the training softmax. So
     items can be added to a trained model, and nothing changes for the others.
- 9. eq. (8) learns two numbers a modality, so an eighth of the places is enough.
+ 9. eq. (7) learns two numbers a modality, so an eighth of the places is enough.
 
 Reads from the catalog: n_items, text, image, train_seqs (their forms: CATALOG below).
 A batch: "seq" and "target" (B, L), item ids, the newest last, padded with 0 on the left; target is
@@ -59,7 +59,7 @@ CATALOG = {
 }
 READS = ("text", "image", "train_seqs")
 NOT_COMPILED = ("stream_loss",)    # it would be, anew, for every shape
-ROWS_OF_ITEMS = ("item.weight",)   # weights whose rows mean nothing for what nobody bought, eq. (1)
+ROWS_OF_ITEMS = ("item.weight",)   # weights whose rows are not read for what nobody bought, eq. (3)
 MODALITIES = {"both": ("text", "image"), "text": ("text",), "image": ("image",)}
 
 
@@ -69,18 +69,17 @@ class DigestConfig:
     heads: int = 4
     layers: int = 2                      # of each Transformer
     dropout: float = 0.3                 # of the Transformers
-    input_dropout: float = 0.3           # of the content before its map, eq. (3)
+    input_dropout: float = 0.3           # of the content before its map, eq. (2)
     max_len: int = 50                    # items of the history that are read
-    neighbors: int = 5                   # H of eq. (2), the item itself included
-    rare: float = 3.0                    # k of eq. (1): an id counts half at so many purchases
+    neighbors: int = 4                   # H of eq. (1)
     new: float = 0.2                     # chance of an item to be new in a step, point 4
-    decay: float = 0.7                   # gamma of eq. (7)
-    loud: float = 1.0                    # factor of eq. (8) in ranking, not in training
+    decay: float = 0.7                   # gamma of eq. (6)
+    loud: float = 1.0                    # factor of eq. (7) in ranking, not in training
     modality: Literal["both", "text", "image"] = "both"
-    use_graph: bool = True               # false: eq. (3) without its first term
-    use_map: bool = True                 # false: eq. (3) without its second term
-    use_cosine: bool = True              # false: no eqs. (7) and (8)
-    use_own: bool = True                 # false: r = 0 in eq. (9)
+    use_graph: bool = True               # false: eq. (2) without its first term
+    use_map: bool = True                 # false: eq. (2) without its second term
+    use_cosine: bool = True              # false: no eqs. (6) and (7)
+    use_own: bool = True                 # false: r = 0 in eq. (8)
     use_streams: bool = True             # false: one softmax for the sum of the streams, point 1
     # the recipe, for the training loop
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -98,7 +97,6 @@ class DigestConfig:
               f"input_dropout {self.input_dropout} must be in [0, 1)")
         check(self.neighbors >= 1,
               f"neighbors {self.neighbors} is too small: it must be at least 1")
-        check(self.rare >= 0, f"rare {self.rare} must not be negative")
         check(0 <= self.new <= 1, f"new {self.new} must be from 0 to 1")
         check(0 <= self.loud < math.inf, f"loud {self.loud} must not be negative")
         check(0 <= self.decay <= 1, f"decay {self.decay} must be from 0 to 1")
@@ -124,12 +122,13 @@ def centred(features, bought):
     return F.normalize((features - mean) * has, dim=-1)
 
 
-def nearest(features, count, bought, rows=1024):
-    """The item itself, and of what was bought the items of greatest cosine: (N+1, count) ids.
+def nearest(features, count, bought, rows=None):
+    """Of what was bought, the other items of greatest cosine: (N+1, count) ids, 0 = none.
 
-    features (N+1, D_m) of norm 1, bought (N+1,) bool. Where candidates are too few, and for items
-    without features, the rest is the item itself. Never N x N: some rows of cosines at a time.
+    features (N+1, D_m) of norm 1, bought (N+1,) bool. None for items without features, and where
+    candidates are too few. Never N x N: some rows of cosines at a time.
     """
+    rows = rows or 1 + 2 ** 25 // len(features)
     empty = ~features.any(1)
     number = torch.arange(len(features), device=features.device)
     found = []
@@ -137,15 +136,15 @@ def nearest(features, count, bought, rows=1024):
         cosine = features[ids] @ features.T                               # (rows, N+1)
         cosine[:, empty | ~bought] = -torch.inf
         cosine[empty[ids]] = -torch.inf                                   # reading 7
-        cosine.scatter_(1, ids[:, None], 2)                               # itself first
+        cosine.scatter_(1, ids[:, None], -torch.inf)                      # not itself
         # of equals, to six digits, the smaller id comes first, however many items there are
         key = cosine.double().mul_(1e6).round_().mul_(1e8).sub_(number)
         best, neighbour = key.topk(min(count, len(features) - 1))
-        found.append(torch.where(best.isinf(), ids[:, None], neighbour))
+        found.append(neighbour.masked_fill(best.isinf(), 0))
     return torch.cat(found)
 
 
-# ---------------- the Transformer, eq. (5)
+# ---------------- the Transformer, eq. (4)
 
 class Block(nn.Module):
     """Self-attention, then feed-forward; each with dropout, residual sum and LayerNorm."""
@@ -163,7 +162,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def attend(self, x, mask):
-        """softmax(Q K^T / sqrt(D / heads)) V, eq. (5).
+        """softmax(Q K^T / sqrt(D / heads)) V, eq. (4).
 
         x (B, L, D), mask (B, 1, L, L) True = may look -> (B, L, D)
         """
@@ -175,7 +174,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         x = self.norm1(x + self.dropout(self.attend(x, mask)))
-        feed_forward = self.outer(F.gelu(self.inner(x)))              # eq. (5)
+        feed_forward = self.outer(F.gelu(self.inner(x)))              # eq. (4)
         return self.norm2(x + self.dropout(feed_forward))
 
 
@@ -209,8 +208,8 @@ class Digest(nn.Module):
         with torch.no_grad():
             self.item.weight[0] = 0    # padding
         # kept divided by 10: Adam moves each weight by about lr a step, and these must come far
-        self.own = nn.Parameter(torch.zeros(()))                          # r / 10, eq. (9)
-        self.loudness = nn.ParameterDict()                                # (a^m, b^m) / 10, eq. (8)
+        self.own = nn.Parameter(torch.zeros(()))                          # r / 10, eq. (8)
+        self.loudness = nn.ParameterDict()                                # (a^m, b^m) / 10, eq. (7)
         for m in self.modalities:
             self.loudness[m] = nn.Parameter(torch.zeros(2))
         self.content = Buffers()     # c^m (N+1, D_m)
@@ -234,38 +233,41 @@ class Digest(nn.Module):
         for m in self.modalities:
             content = centred(catalog[m].to(device, self.position.dtype), bought)
             self.content[m] = content
-            self.graphs[m] = nearest(content, self.cfg.neighbors, bought)    # eq. (2)
+            self.graphs[m] = nearest(content, self.cfg.neighbors, bought)    # eq. (1)
         has = [self.content[m].any(1, keepdim=True) for m in self.modalities]
         for m, has_m in zip(self.modalities, has):
-            self.share[m] = has_m / sum(has).clamp(min=1)                 # eq. (4)
+            self.share[m] = has_m / sum(has).clamp(min=1)                 # eq. (3)
 
     def encode_items(self):
         """{"id": T^id, "text": T^t, "image": T^v}, each (N+1, D).
 
-        e' = e n / (n + k), eq. (1); T^m = mean of e' over the H nearest, eq. (2), + W^m c^m,
-        eq. (3); T^id = e' + k / (n + k) mean_m T^m over the modalities that an item has, eq. (4).
+        e: the ids, of new items 0. T^m = mean of e over the H nearest, eq. (1), + W^m c^m, eq. (2);
+        T^id = e, but of new items the mean of T^m over the modalities that they have, eq. (3).
         """
-        self.prepare(self.item.weight.device)
-        trust = self.sold / (self.sold + self.cfg.rare).clamp(min=1e-9)   # (N+1, 1)
+        device = self.item.weight.device
+        with torch.autocast(device.type, enabled=False):    # bfloat16 is coarse for neighbours
+            self.prepare(device)
+        new = self.sold == 0                                              # (N+1, 1)
         if self.training:
-            trust = trust * (torch.rand_like(trust) >= self.cfg.new)      # point 4
-        e = trust * self.item.weight                                      # eq. (1)
-        table = {"id": e}
+            new = new | (torch.rand_like(self.sold) < self.cfg.new)       # point 4
+        e = self.item.weight.masked_fill(new, 0)
+        table, borrowed = {}, torch.zeros_like(e)
         for m in self.modalities:
             table[m] = torch.zeros_like(e)
             if self.cfg.use_graph:
-                table[m] = F.embedding_bag(self.graphs[m], e, mode="mean")    # eq. (2)
+                near = F.embedding_bag(self.graphs[m], e, mode="mean", padding_idx=0)
+                table[m] = table[m] + near                                # eq. (1)
             if self.cfg.use_map:
                 content = F.dropout(self.content[m], self.cfg.input_dropout, self.training)
-                table[m] = table[m] + self.maps[m](content)               # eq. (3)
-        borrowed = torch.zeros_like(e)
-        for m in self.modalities:
+                table[m] = table[m] + self.maps[m](content)               # eq. (2)
             borrowed = borrowed + self.share[m] * table[m]
-        table["id"] = e + (1 - trust) * borrowed                          # eq. (4)
+        table["id"] = torch.where(new, borrowed, e)                       # eq. (3)
+        for m in self.modalities:
+            table[m] = torch.where(self.share[m] > 0, table[m], table["id"])    # reading 7
         return table
 
     def states(self, seq, table):
-        """h^s after each item, eq. (5): seq (B, L) -> {stream: (B, L, D)}."""
+        """h^s after each item, eq. (4): seq (B, L) -> {stream: (B, L, D)}."""
         L = seq.shape[1]
         real = (seq != 0)[:, None, None, :]                               # (B, 1, 1, L)
         causal = torch.ones(L, L, dtype=torch.bool, device=seq.device).tril()
@@ -280,10 +282,10 @@ class Digest(nn.Module):
             states[stream] = x
         return states
 
-    # ---------------- the cosine, eqs. (7) and (8)
+    # ---------------- the cosine, eqs. (6) and (7)
 
     def recent_content(self, seq):
-        """q^m_t = sum over places p <= t of gamma^(t - p) c^m_p, with norm 1, eq. (7).
+        """q^m_t = sum over places p <= t of gamma^(t - p) c^m_p, with norm 1, eq. (6).
 
         seq (B, L) -> {m: (B, L, D_m)}
         """
@@ -297,7 +299,7 @@ class Digest(nn.Module):
         return recent
 
     def cosine_scores(self, q, target=None):
-        """y_j = sum_m w^m(n_j) q^m . c^m_j, w^m(n) = a^m + b^m log(1 + n), eq. (8).
+        """y_j = sum_m w^m(n_j) q^m . c^m_j, w^m(n) = a^m + b^m log(1 + n), eq. (7).
 
         q {m: (R, D_m)} -> (R, N+1). For the target (R,) n is one purchase less: this one.
         """
@@ -316,7 +318,7 @@ class Digest(nn.Module):
     # ---------------- learning and ranking
 
     def forward(self, batch):
-        """The cross entropy of each stream, eq. (10), of a batch: "seq" and "target" (B, L).
+        """The cross entropy of each stream, eq. (9), of a batch: "seq" and "target" (B, L).
 
         "next_item" is that of the ids. The training loop adds them up.
         """
@@ -345,7 +347,7 @@ class Digest(nn.Module):
             some = self.some_of(target)                                   # (n,) reading 9
             q = {m: x[:, -P:].flatten(0, 1)[some] for m, x in self.recent_content(seq).items()}
             y = self.cosine_scores(q, target[some])                       # (n, N+1)
-            y = y.scatter_add(1, had[some], self.r().expand_as(had[some]))    # eq. (9)
+            y = y.scatter_add(1, had[some], self.r().expand_as(had[some]))    # eq. (8)
             y = y.masked_fill(never, -torch.inf)                          # reading 8
             loss = F.cross_entropy(y, target[some], ignore_index=0, reduction="sum")
             losses["cosine"] = loss / (target[some] != 0).sum().clamp(min=1)
@@ -358,11 +360,11 @@ class Digest(nn.Module):
         return torch.randint(len(target), (count,), device=target.device)
 
     def r(self):
-        """r of eq. (9): what is added to the score of an item that the person has."""
+        """r of eq. (8): what is added to the score of an item that the person has."""
         return 10 * self.own * self.cfg.use_own
 
     def score(self, batch, table):
-        """The sum of all streams' scores, eqs. (6), (8), (9) and (11): (B, N+1).
+        """The sum of all streams' scores, eqs. (5), (7), (8) and (10): (B, N+1).
 
         Column 0 means nothing.
         """
@@ -370,19 +372,19 @@ class Digest(nn.Module):
         states = self.states(seq, table)
         scores = 0
         for stream in self.streams:
-            scores = scores + states[stream][:, -1] @ table[stream].T     # eq. (6)
+            scores = scores + states[stream][:, -1] @ table[stream].T     # eq. (5)
         terms = len(self.streams) if self.cfg.use_streams else 1
         if self.cfg.use_cosine:
             q = {m: x[:, -1] for m, x in self.recent_content(seq).items()}
-            scores = scores + self.cfg.loud * self.cosine_scores(q)       # eq. (8)
+            scores = scores + self.cfg.loud * self.cosine_scores(q)       # eq. (7)
             terms += 1
         had = different(seq)
-        return scores.scatter_add(1, had, (terms * self.r()).expand_as(had).to(scores))    # eq. (9)
+        return scores.scatter_add(1, had, (terms * self.r()).expand_as(had).to(scores))    # eq. (8)
 
     def as_product(self, batch, table):
-        """Users (B, W) and items (N+1, W) whose products are the scores, eqs. (6) and (8).
+        """Users (B, W) and items (N+1, W) whose products are the scores, eqs. (5) and (7).
 
-        But for r of eq. (9): whoever ranks by products leaves out what the user has.
+        But for r of eq. (8): whoever ranks by products leaves out what the user has.
         """
         seq = recent(self, batch)
         users, items = [], []
@@ -400,7 +402,7 @@ class Digest(nn.Module):
 Model, Config = Digest, DigestConfig
 
 
-# ---------------- the softmax of eq. (10), in pieces
+# ---------------- the softmax of eq. (9), in pieces
 
 def different(seq):
     """seq (B, L) with 0 wherever an item stands that stood before in its row."""
@@ -428,11 +430,11 @@ class StreamLoss(torch.autograd.Function):
                 rows = slice(first, first + chunk)
                 real = target[rows, None] != 0                      # (chunk, 1)
                 answer = target[rows, None].clamp(min=1)
-                logits = x[rows] @ e.T                              # (chunk, N+1), eq. (6)
-                logits.scatter_add_(1, had[rows], r.to(wide).expand_as(had[rows]))    # eq. (9)
+                logits = x[rows] @ e.T                              # (chunk, N+1), eq. (5)
+                logits.scatter_add_(1, had[rows], r.to(wide).expand_as(had[rows]))    # eq. (8)
                 logits.masked_fill_(never, -torch.inf)              # reading 8
                 log_p = logits.log_softmax(1)
-                loss -= log_p.gather(1, answer).masked_fill(~real, 0).sum()    # eq. (10)
+                loss -= log_p.gather(1, answer).masked_fill(~real, 0).sum()    # eq. (9)
                 # d loss / d logits: p - 1 at the answer, p elsewhere
                 minus_one = -torch.ones_like(answer, dtype=wide)
                 slope = log_p.exp_().scatter_add_(1, answer, minus_one)

@@ -249,9 +249,9 @@ def nearest(features, count, tile=None):
     """The `count` items of greatest cosine, the item itself first: (N+1, D_m) -> (N+1, count) ids.
 
     A_ij = cos(Ebar_i, Ebar_j), eq. (4); Ahat_ij = 1 for the top H of row i, else 0, eq. (5). The
-    ids returned are the j with Ahat_ij = 1. A is made in tiles of `tile` x `tile`, in float64.
-    Cosines that differ by less than 2^-28 are equal, and of equals the smaller id comes first: so
-    neither the tile nor the device decides.
+    ids returned are the j with Ahat_ij = 1. A is made in tiles of `tile` x `tile`, in float64 where
+    float32 cannot rule out that a tile holds a neighbour. Cosines that differ by less than 2^-28
+    are equal, and of equals the smaller id comes first: so neither the tile nor the device decides.
     """
     N = len(features) - 1
     count = min(count, N)
@@ -261,19 +261,23 @@ def nearest(features, count, tile=None):
     number = torch.arange(N + 1, device=features.device, dtype=torch.float64)
     number = number.masked_fill(empty, torch.inf)
     tiles = ids.split(tile)
+    error = (features.shape[1] + 4) * 2.0 ** -24            # most that float32 is off in a cosine
     found = [ids.new_zeros(1, count)]                       # padding
     for rows in tiles:
-        best = number.new_zeros(len(rows), 0)
+        best = number.new_full((len(rows), count), -torch.inf)
         x = F.normalize(features[rows].double(), dim=-1)
         for columns in tiles:
-            A = x @ F.normalize(features[columns].double(), dim=-1).T    # eq. (4)
+            y = F.normalize(features[columns].double(), dim=-1)
+            largest = (x.float() @ y.float().T).amax(1).double()
+            near = largest > best[:, -1] / 2 ** 52 - error  # rows that this tile may change
+            near |= rows is columns
+            A = x[near] @ y.T                               # eq. (4)
             if rows is columns:
                 A.fill_diagonal_(2)                         # itself first, whoever equals it
             # one number to sort by: the cosine in steps of 2^-28, then the smaller id
             key = A.mul_(2 ** 28).round_().mul_(2 ** 24).sub_(number[columns])
             key = key.topk(min(count, len(columns))).values
-            key = torch.cat([best, key], 1)
-            best = key.topk(min(count, key.shape[1])).values             # eq. (5)
+            best[near] = torch.cat([best[near], key], 1).topk(count).values    # eq. (5)
         alone = best.isinf() | empty[rows, None]            # reading 16
         neighbour = (-best).remainder(2 ** 24).masked_fill(alone, 0).long()
         found.append(torch.where(alone, rows[:, None], neighbour))
@@ -416,7 +420,9 @@ class MDSRec(nn.Module):
 
         Ebar^id = E^id + mu^id O E^id, eq. (3); Ehat^m = mean of E^id over the neighbours, eq. (6).
         """
-        self.prepare(self.item.weight.device)
+        device = self.item.weight.device
+        with torch.autocast(device.type, enabled=False):    # bfloat16 is coarse for neighbours
+            self.prepare(device)
         E = self.item.weight
         table = {"item": E}
         table["id"] = E + self.cfg.mu_id * Mix.apply(self.O, self.O_T, E)           # eq. (3)

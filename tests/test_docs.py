@@ -273,6 +273,24 @@ def test_a_frontier_has_a_point_and_a_name_for_each_row():
     assert list(make.plots_in(page)) == [ROOT / "docs/x.svg"]
 
 
+def test_growth_is_drawn_from_the_table_that_follows():
+    page = ("<!-- growth: docs/x.svg -->\n\n| | items | step, s | peak, GB |\n|---|---|---|---|\n"
+            "| sasrec | 1,000 | 0.01 | 2 |\n| sasrec | 100,000 | 1 | 2 |\n"
+            "| srmml | 1,000 | 0.1 | 20 |\n| srmml | 100,000 | 0 | 20 |\n\nMore.\n")
+    (path, svg), = make.plots_in(page).items()
+    assert path == ROOT / "docs/x.svg"
+    nodes = [(node.tag.partition("}")[2], node.attrib, node.text)
+             for node in ElementTree.fromstring(svg)]
+    texts = [text for tag, _, text in nodes if tag == "text"]
+    assert {"step, s", "peak, GB", "1k", "100k", "0.01", "0.1", "1", "10", "100"} <= set(texts)
+    assert texts[-2:] == ["sasrec", "srmml"]
+    points = [(float(at["cx"]), float(at["cy"])) for tag, at, _ in nodes if tag == "circle"]
+    assert len(points) == 7 + 2    # no point for 0; two of the legend
+    low, high, alone = points[:3]
+    assert low[0] == alone[0] < high[0]
+    assert low[1] - alone[1] == pytest.approx((low[1] - high[1]) / 2, abs=.1)    # .01, .1, 1
+
+
 @pytest.mark.parametrize("look, text", [
     ({"masked N@10": .2, "change": -.0024, "moved": .0111}, "−.0024 (.011)"),
     ({"masked N@10": .2, "change": 0., "moved": 0.}, "+.0000 (.000)"),

@@ -69,6 +69,8 @@ def test_every_reason_on_the_page_is_in_the_code():
 FEATURES = "--text hash --image pixels"
 COMMANDS = [
     "bench.py --only x",
+    "bench.py --items 0",
+    "bench.py --items 100 --ranked -1",
     f"extract_features.py --data shop {FEATURES.replace('pixels', 'keywords:0:hash')}",
     "train.py --model pop --data shop --device nonsense",
     "data.py shop --split temporal --cut soon",
@@ -192,7 +194,7 @@ SETTINGS = {    # of a model: what is refused of it
                "pretrain_epochs -1", "pretrain_lr 0", "e2e true pretrain_epochs 5",
                "e2e true use_nip false use_cmcl false pretrain_epochs 0",
                "use_nip false use_cmcl false pretrain_epochs 5"],
-    "digest": ["input_dropout 1", "neighbors 0", "rare -1", "new 2", "loud -1", "decay 2"],
+    "digest": ["input_dropout 1", "neighbors 0", "new 2", "loud -1", "decay 2"],
     "srmml": ["gate_scale 0", "languages 0", "temperature -1"],
 }
 

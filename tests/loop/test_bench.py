@@ -38,6 +38,9 @@ def test_a_made_up_shop(tmp_path):
     for name in ("sasrec", "srmml", "mdsrec"):
         assert f"{name}, 2000 users, 300 items, dim 16" in printed
     assert printed.count("2 steps, ") == printed.count("evaluation of 2000 users") == 3
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines()[-3:]]
+    assert [row[:2] for row in rows] == [[name, "300"] for name in ("sasrec", "srmml", "mdsrec")]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:])
     dataset, catalog = bench.made_shop(300, 2000)
     sold = np.sort(np.bincount(dataset.flat, minlength=301)[1:])
     assert sold[-30:].sum() > .25 * sold.sum()    # a tenth of the items

@@ -171,6 +171,31 @@ def test_neighbours_do_not_depend_on_the_tile():
     assert len(set(many[5].tolist())) == 297
 
 
+def test_what_float32_cannot_tell_apart_float64_does():
+    random = torch.Generator().manual_seed(0)
+    features = torch.ones(8) + 4e-4 * torch.randn(400, 8, generator=random)
+    features[0] = 0
+    cosine = F.normalize(features, dim=1) @ F.normalize(features, dim=1).T
+    assert 1 - cosine[1:, 1:].min() < 1e-6
+    cosine[:, 0] = -torch.inf
+    expected = cosine.topk(6).values[1:]
+    found = cosine[1:].gather(1, mdsrec.nearest(features, 6, tile=10)[1:])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2 ** -28)
+
+
+def test_neighbours_are_the_same_under_autocast():
+    torch.set_default_dtype(torch.float32)
+    alike = torch.ones(2501, 6) + .02 * torch.randn(2501, 6)    # more than two tiles
+    alike[0] = 0
+    catalog = {"n_items": 2500, "text": alike, "image": alike, "train_seqs": make_seqs()}
+    graphs = []
+    for coarse in (True, False):
+        model = mdsrec.Model(mdsrec.Config(dim=8, heads=2, centers=3, neighbors=4), catalog)
+        with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
+            model.encode_items()
+        graphs.append(model.graphs["text"])
+    assert torch.equal(*graphs)
+
 def test_a_model_makes_its_graphs_once_when_they_are_first_needed():
     catalog = {"n_items": N, "text": make_features(5), "image": make_features(7),
                "train_seqs": make_seqs()}
