@@ -22,7 +22,7 @@ What comes from where, and what is new:
     streams that do not read an item's own id, (1) and (2), and the cosine is one, (6) and (7). Its
     weight depends on how often an item was bought; for the target this purchase is not counted.
  4. New: in each step every item is new with a chance, its id 0 in (1) and (3), so that the rest
-    learns to speak for it. Where new items are bought this is worth much; elsewhere it costs.
+    learns to speak for it. Where new items are bought this is worth much, elsewhere nothing.
  5. New: r of (8), learned. All of the five recommend what a person has, and learn to push it down,
     and with it what is like it. Where people do buy things again, r becomes positive.
  6. Left out, as they made no difference or cost more than they gave: interest centres, Gaussians,
