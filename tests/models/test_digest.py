@@ -92,7 +92,7 @@ def test_items_that_nobody_bought_change_nothing_for_the_others():
     torch.testing.assert_close(found[:, :N + 1], scores)
 
 
-def test_neighbours_are_the_same_under_autocast():
+def test_neighbours_are_not_found_in_bfloat16():
     torch.set_default_dtype(torch.float32)
     alike = torch.ones(N + 1, 6) + .02 * torch.randn(N + 1, 6)
     alike[0] = 0

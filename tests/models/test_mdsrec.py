@@ -183,7 +183,7 @@ def test_what_float32_cannot_tell_apart_float64_does():
     torch.testing.assert_close(found, expected, rtol=0, atol=2 ** -28)
 
 
-def test_neighbours_are_the_same_under_autocast():
+def test_neighbours_are_not_found_in_bfloat16():
     torch.set_default_dtype(torch.float32)
     alike = torch.ones(2501, 6) + .02 * torch.randn(2501, 6)    # more than two tiles
     alike[0] = 0
