@@ -32,7 +32,7 @@ from common.files import UserError, command, pick_device, precision
 from evaluate import ranks_of
 from extract_features import inputs_of
 from loop import runs
-from loop.settings import load_model_file
+from loop.settings import check_counts, load_model_file
 from recommend import Ranker, best_items, best_of_chunk, rows_of_users
 
 TARGETS = 20_000    # training targets that a usual form works through per repetition
@@ -638,7 +638,7 @@ def large(name, shop, steps, ranked, device, **settings):
     watch = Stopwatch(device)
     model = runs.build(module.Model, cfg, catalog, device, 0)
     rows = dataset.training_rows("prefixes" if cfg.prefixes else "sequences", cfg.max_len, device)
-    setup, *peaks = say("set-up", watch)
+    setup, setup_peak = say("set-up", watch)
     trainer = train.Trainer(
         model, model.forward, train.optimizer_of(model, cfg, cfg.lr), device, cfg.batch_size
     )
@@ -649,14 +649,13 @@ def large(name, shop, steps, ranked, device, **settings):
             watch, targets = Stopwatch(device), 0
         train.train_step(trainer, batch, losses, rows.users[index])
         targets += len(index) if cfg.prefixes else rows.lengths[index].sum()
-    training, *more = say(f"{losses.steps - 1} steps, {targets} targets", watch)
-    peaks += more
+    training, training_peak = say(f"{losses.steps - 1} steps, {targets} targets", watch)
     watch = Stopwatch(device)
     evaluated = dataset.evaluated_rows("test", cfg.max_len, device, most=ranked)
     ranks_of(model, evaluated, device)
-    ranking, *more = say(f"evaluation of {len(evaluated)} users", watch)
-    peaks += more
-    numbers = setup, 1000 * training / targets, 1000 * ranking / len(evaluated), max(peaks)
+    ranking, ranking_peak = say(f"evaluation of {len(evaluated)} users", watch)
+    most = max(setup_peak, training_peak, ranking_peak)
+    numbers = setup, 1000 * training / targets, 1000 * ranking / len(evaluated), most
     cells = [f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in numbers]
     return f"| {name} | {dataset.n_items:,} | {' | '.join(cells)} |"
 
@@ -685,10 +684,7 @@ def main():
     add("--only", help=f"some of {','.join(COMPARISONS)} (default: all)")
     add("--repeats", type=int, default=3, help="how often each contestant runs (default: 3)")
     args = parser.parse_args()
-    for name in ("items", "users", "steps", "ranked", "dim", "repeats"):
-        number = getattr(args, name)
-        if number is not None and number < 1:
-            raise UserError(f"--{name} {number} must be at least 1")
+    check_counts(args, "items", "users", "steps", "ranked", "dim", "repeats")
     device = pick_device(args.device)
     if args.items:
         shop = made_shop(args.items, args.users)

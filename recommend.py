@@ -39,6 +39,7 @@ from evaluate import chunk_size, in_chunks, ranking, rows_in
 from loop.new_items import model_of_more
 from loop.report import write_recommendations
 from loop.runs import RAW, open_run
+from loop.settings import check_counts
 
 BLOCK = 65536    # users whose lists are held before they are written
 
@@ -310,8 +311,7 @@ def check_arguments(args):
                 args.export.iterdir()):
             raise UserError(f"--export {args.export} has other files: give a new folder")
     args.top = 10 if args.top is None else args.top
-    if args.top < 1:
-        raise UserError(f"--top {args.top} must be at least 1")
+    check_counts(args, "top")
     for name in ("out", "html"):
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.name):

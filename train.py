@@ -54,7 +54,7 @@ SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 
 def main():
     commands = [settings.parse(argv) for argv in settings.one_per_model(sys.argv[1:])]
     for args, _ in commands:    # all are read before one is trained
-        settings.check_flags(args)
+        settings.check_counts(args, "valid_every", "valid_users")
     several = len(commands) > 1
     folders = []
     for args, module in commands:

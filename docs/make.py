@@ -47,7 +47,7 @@ OTHER = {"epoch": "best_epoch", "seconds": "seconds", "weights": "parameters"}
 MASKED_COLD = "masked cold N@10"
 WIDTH, ROW, LEFT, RIGHT = 760, 30, 110, 110    # pixels
 HEIGHT, EDGE = 460, 60
-COLOURS = "#2a62b8", "#c2542a", "#3a8f4d", "#8a4fb0"
+COLOURS = BLUE, RED, GREEN, VIOLET = "#2a62b8", "#c2542a", "#3a8f4d", "#8a4fb0"
 
 
 # ---------------- what is kept
@@ -203,6 +203,12 @@ def opening(height, title) -> list:
     ]
 
 
+def small(x, y, text, anchor="middle") -> str:
+    """Small grey text, such as a number at an axis."""
+    return (f'<text x="{round(x, 1)}" y="{round(y, 1)}" font-size="11" fill="#666" '
+            f'text-anchor="{anchor}">{escape(text)}</text>')
+
+
 def plot(rows, title, marks) -> str:
     """An SVG of horizontal bars, masked NDCG@10, with the spread of the seeds, and vertical lines
     at the marks."""
@@ -218,15 +224,14 @@ def plot(rows, title, marks) -> str:
         x = LEFT + value * scale
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="52" y2="{height - 12}" stroke="#999" '
-            f'stroke-dasharray="3 3"/><text x="{x:.1f}" y="46" font-size="11" fill="#666" '
-            f'text-anchor="middle">{escape(name)}</text>'
+            f'stroke-dasharray="3 3"/>{small(x, 46, name)}'
         )
     for n, (name, each) in enumerate(values.items()):
         y = 60 + ROW * n
         end = LEFT + sum(each) / len(each) * scale
         parts.append(
             f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end">{escape(name)}</text>'
-            f'<rect x="{LEFT}" y="{y + 4}" width="{end - LEFT:.1f}" height="18" fill="#2a62b8"/>'
+            f'<rect x="{LEFT}" y="{y + 4}" width="{end - LEFT:.1f}" height="18" fill="{BLUE}"/>'
         )
         if len(each) > 1:
             low, high = LEFT + min(each) * scale, LEFT + max(each) * scale
@@ -266,15 +271,13 @@ def frontier(rows) -> str:
 
     for tick in range(1, int(right / 0.02) + 1):
         x = 0.02 * tick
-        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - EDGE + 18}" font-size="11" '
-                     f'fill="#666" text-anchor="middle">{comparison.shown(x)[:3]}</text>')
+        parts.append(small(across(x), HEIGHT - EDGE + 18, comparison.shown(x)[:3]))
     for tick in range(1, int(top / 0.01) + 1):
         y = 0.01 * tick
-        parts.append(f'<text x="{EDGE - 6}" y="{up(y) + 4:.1f}" font-size="11" fill="#666" '
-                     f'text-anchor="end">{comparison.shown(y)[:3]}</text>')
+        parts.append(small(EDGE - 6, up(y) + 4, comparison.shown(y)[:3], "end"))
     taken = []    # places of labels, so that none covers another
     for name, (x, y) in sorted(points.items(), key=lambda point: point[1]):
-        colour = "#c2542a" if name.startswith("digest") else "#2a62b8"
+        colour = RED if name.startswith("digest") else BLUE
         label = up(y) + 4
         while any(abs(label - other) < 14 and abs(across(x) - place) < 150
                   for place, other in taken):
@@ -301,8 +304,8 @@ def growth(table) -> str:
     height, wide = 330, (WIDTH - 20) / (len(head) - 2)
     parts = opening(height, "What grows with the number of items, and how")
     for column, title in enumerate(head[2:], start=1):
-        lines = [[(row[0], row[column]) for row in rows if row[column] > 0]
-                 for rows in numbers.values()]
+        lines = [[(row[0], row[column]) for row in of_model if row[column] > 0]
+                 for of_model in numbers.values()]
         parts += panel(title, lines, 20 + wide * (column - 1), wide, height)
     for n, (colour, model) in enumerate(zip(COLOURS, numbers)):
         x = 30 + 100 * n
@@ -330,11 +333,9 @@ def panel(title, lines, start, wide, height) -> list:
              f'<path d="M{left:.1f} {up(10 ** top):.1f}V{bottom:.1f}H{right:.1f}" fill="none" '
              f'stroke="#999"/>']
     for power in range(low, top + 1):
-        parts.append(f'<text x="{left - 6:.1f}" y="{up(10 ** power) + 4:.1f}" font-size="11" '
-                     f'fill="#666" text-anchor="end">{10 ** power:g}</text>')
+        parts.append(small(left - 6, up(10 ** power) + 4, f"{10 ** power:g}", "end"))
     for x in xs:
-        parts.append(f'<text x="{across(x):.1f}" y="{bottom + 16:.1f}" font-size="11" '
-                     f'fill="#666" text-anchor="middle">{x / 1000:g}k</text>')
+        parts.append(small(across(x), bottom + 16, f"{x / 1000:g}k"))
     for colour, line in zip(COLOURS, lines):
         path = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in line)
         parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')

@@ -376,9 +376,9 @@ def say_what_is_not_used(args, module):
             print(f"note: {' and '.join(given)} not used: under --split none no epoch is selected")
 
 
-def check_flags(args):
-    """Raises UserError for values of the shared flags that make no sense."""
-    for name in ("valid_every", "valid_users"):
+def check_counts(args, *names):
+    """Raises UserError for a flag that is given and below 1."""
+    for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")

@@ -230,10 +230,11 @@ class Digest(nn.Module):
             return
         catalog, self.catalog = self.catalog, None
         bought = self.sold[:, 0] > 0                                      # (N+1,)
-        for m in self.modalities:
-            content = centred(catalog[m].to(device, self.position.dtype), bought)
-            self.content[m] = content
-            self.graphs[m] = nearest(content, self.cfg.neighbors, bought)    # eq. (1)
+        with torch.autocast(device.type, enabled=False):    # bfloat16 is coarse for neighbours
+            for m in self.modalities:
+                content = centred(catalog[m].to(device, self.position.dtype), bought)
+                self.content[m] = content
+                self.graphs[m] = nearest(content, self.cfg.neighbors, bought)    # eq. (1)
         has = [self.content[m].any(1, keepdim=True) for m in self.modalities]
         for m, has_m in zip(self.modalities, has):
             self.share[m] = has_m / sum(has).clamp(min=1)                 # eq. (3)
@@ -244,9 +245,7 @@ class Digest(nn.Module):
         e: the ids, of new items 0. T^m = mean of e over the H nearest, eq. (1), + W^m c^m, eq. (2);
         T^id = e, but of new items the mean of T^m over the modalities that they have, eq. (3).
         """
-        device = self.item.weight.device
-        with torch.autocast(device.type, enabled=False):    # bfloat16 is coarse for neighbours
-            self.prepare(device)
+        self.prepare(self.item.weight.device)
         new = self.sold == 0                                              # (N+1, 1)
         if self.training:
             new = new | (torch.rand_like(self.sold) < self.cfg.new)       # point 4

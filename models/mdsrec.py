@@ -268,7 +268,7 @@ def nearest(features, count, tile=None):
         x = F.normalize(features[rows].double(), dim=-1)
         for columns in tiles:
             y = F.normalize(features[columns].double(), dim=-1)
-            largest = (x.float() @ y.float().T).amax(1).double()
+            largest = (x.float() @ y.float().T).amax(1)
             near = largest > best[:, -1] / 2 ** 52 - error  # rows that this tile may change
             near |= rows is columns
             A = x[near] @ y.T                               # eq. (4)
@@ -396,33 +396,32 @@ class MDSRec(nn.Module):
         if self.catalog is None:
             return
         cfg, catalog, self.catalog = self.cfg, self.catalog, None
-        made_on = "cpu" if device.type == "mps" else device               # Apple's has no float64
+        made_on = torch.device("cpu") if device.type == "mps" else device    # Apple's: no float64
         seqs, N = catalog["train_seqs"], catalog["n_items"]
         O, O_T = co_occurrence(seqs, N, cfg.max_len, cfg.use_dis, cfg.partners, made_on)
         dtype = self.position.dtype
         self.register_buffer("O", O.to(device, dtype), persistent=False)
         self.register_buffer("O_T", O_T.to(device, dtype), persistent=False)
-        for m in MODALITIES:
-            E = F.normalize(catalog[m].to(made_on, dtype), dim=-1)        # E^m, reading 2
-            if cfg.use_mrgc:
-                E_bar = E
-                if cfg.use_cre:                                           # reading 14
-                    E_bar = E + cfg.mu_modal * torch.sparse.mm(O.to(dtype), E)    # eq. (3)
-                graph = nearest(E_bar, max(cfg.neighbors, 1))             # eqs. (4), (5)
-                self.graphs[m] = graph.to(device)
-            else:
-                self.features[m] = E.to(device)
-            if cfg.use_ica:
-                self.clusters[m] = k_means(E, cfg.centers).to(device)     # eq. (10)
+        with torch.autocast(made_on.type, enabled=False):    # bfloat16 is coarse for neighbours
+            for m in MODALITIES:
+                E = F.normalize(catalog[m].to(made_on, dtype), dim=-1)    # E^m, reading 2
+                if cfg.use_mrgc:
+                    E_bar = E
+                    if cfg.use_cre:                                       # reading 14
+                        E_bar = E + cfg.mu_modal * torch.sparse.mm(O.to(dtype), E)    # eq. (3)
+                    graph = nearest(E_bar, max(cfg.neighbors, 1))         # eqs. (4), (5)
+                    self.graphs[m] = graph.to(device)
+                else:
+                    self.features[m] = E.to(device)
+                if cfg.use_ica:
+                    self.clusters[m] = k_means(E, cfg.centers).to(device)     # eq. (10)
 
     def encode_items(self):
         """{"item": E^id, "id": Ebar^id, "text": Ehat^t, "image": Ehat^v}, each (N+1, D).
 
         Ebar^id = E^id + mu^id O E^id, eq. (3); Ehat^m = mean of E^id over the neighbours, eq. (6).
         """
-        device = self.item.weight.device
-        with torch.autocast(device.type, enabled=False):    # bfloat16 is coarse for neighbours
-            self.prepare(device)
+        self.prepare(self.item.weight.device)
         E = self.item.weight
         table = {"item": E}
         table["id"] = E + self.cfg.mu_id * Mix.apply(self.O, self.O_T, E)           # eq. (3)
