@@ -129,6 +129,9 @@ class Setting:
     rows: data.Rows
     device: torch.device
 
+    def __post_init__(self):
+        self.model, self.optimizer = self.start()    # before the stopwatch runs
+
     def start(self):
         """A new model and its optimizer."""
         model = runs.build(self.module.Model, self.cfg, self.catalog, self.device, 0)
@@ -136,23 +139,22 @@ class Setting:
 
     def epoch(self):
         """Targets of an epoch of train.py."""
-        model, optimizer = self.start()
-        size = self.cfg.batch_size
-        trainer = train.Trainer(model, model.forward, optimizer, self.device, size)
+        trainer = train.Trainer(
+            self.model, self.model.forward, self.optimizer, self.device, self.cfg.batch_size
+        )
         train.train_epoch(trainer, self.rows, np.random.default_rng(0), "epoch")
         return len(self.rows) if self.cfg.prefixes else int(self.rows.lengths.sum())
 
     def steps(self, batches, loss_of):
         """Targets of a plain loop. loss_of(model, seq, target): the loss, seq and target padded."""
-        model, optimizer = self.start()
         done = 0
         for seq, target in batches:
             seq, target = seq.to(self.device), target.to(self.device)
             with precision(self.device):
-                loss = loss_of(model, seq, target)
-            optimizer.zero_grad()
+                loss = loss_of(self.model, seq, target)
+            self.optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            self.optimizer.step()
             done += int((target != 0).sum())
         return done
 
@@ -277,31 +279,25 @@ def mdsrec(dataset, device):
     few = few_users(dataset)
     setting = setting_of("mdsrec", few, device, dim=64, inner=128, centers=16)
     prefixes = list(padded_prefixes(setting, 512, 256))
+    graphs = {"O": setting.model.O.to_dense()}    # matrices (N+1, N+1)
+    for m in setting.model.rho:
+        neighbours = F.one_hot(setting.model.graphs[m], dataset.n_items + 1).sum(1).float()
+        graphs[m] = neighbours / neighbours.sum(1, keepdim=True)
 
-    def usual():
-        graphs = {}    # matrices (N+1, N+1), for the model that `steps` makes
-
-        def loss_of(model, seq, target):
-            if not graphs:
-                graphs["O"] = model.O.to_dense()
-                for m in model.rho:
-                    neighbours = F.one_hot(model.graphs[m], dataset.n_items + 1).sum(1).float()
-                    graphs[m] = neighbours / neighbours.sum(1, keepdim=True)
-            E = model.item.weight
-            table = {m: graphs[m] @ E for m in model.rho}
-            table |= {"item": E, "id": E + model.cfg.mu_id * (graphs["O"] @ E)}
-            e_s, e_tilde = model.states(seq, table)
-            answer = target[:, -1]
-            loss = whole_logits(e_s[:, -1], E, answer)
-            for m, rho in model.rho.items():
-                loss = loss + rho * whole_logits(e_tilde[m][:, -1], table[m], answer)
-            return loss
-
-        return setting.steps(prefixes, loss_of)
+    def loss_of(model, seq, target):
+        E = model.item.weight
+        table = {m: graphs[m] @ E for m in model.rho}
+        table |= {"item": E, "id": E + model.cfg.mu_id * (graphs["O"] @ E)}
+        e_s, e_tilde = model.states(seq, table)
+        answer = target[:, -1]
+        loss = whole_logits(e_s[:, -1], E, answer)
+        for m, rho in model.rho.items():
+            loss = loss + rho * whole_logits(e_tilde[m][:, -1], table[m], answer)
+        return loss
 
     return "MDSRec training at dim 64, full softmax", "targets", {
         "ours: an epoch of train.py": setting.epoch,
-        "padded to 50, graphs as N x N matrices": usual,
+        "padded to 50, graphs as N x N matrices": lambda: setting.steps(prefixes, loss_of),
     }
 
 
@@ -435,7 +431,7 @@ def setup(dataset, device):
 
 def evaluation(dataset, device):
     setting = setting_of("sasrec", dataset, device)
-    model = setting.start()[0].eval()
+    model = setting.model.eval()
     rows = dataset.evaluated_rows("test", 50, device)
     users = rows.users[:USERS]
     ends = dataset.targets["test"][users] + 1
@@ -472,7 +468,7 @@ def evaluation(dataset, device):
 def recommendation(dataset, device):
     """The best ten of everybody, as recommend.py --all finds them."""
     setting = setting_of("sasrec", dataset, device)
-    model = setting.start()[0].eval()
+    model = setting.model.eval()
     users = np.arange(dataset.n_users)
     rows = rows_of_users(dataset, users, 50, device)
     with torch.no_grad():
@@ -486,7 +482,7 @@ def recommendation(dataset, device):
     def usual():
         for row in alone:
             index = torch.zeros(1, dtype=torch.long, device=device)
-            batch = row.batch(index, 50)
+            batch = row.batch(index, int(row.lengths[0]))
             seen = row.seen(index, int(row.history[0]))
             best_of_chunk(ranker, {"user": batch["user"], "seq": batch["seq"]}, seen, 10)
         return len(alone)

@@ -345,7 +345,7 @@ def page_of_two(folder, other, args):
     pair = [run for runs in rows.values() for run in runs]
     results = [read_metrics(path, TESTED, "train it again") for path in (folder, other)]
     difference = comparison.difference(pair[:1], pair[1:])
-    ranks = [run.ranks for run in pair]
+    ranks = [run.ranks() for run in pair]
     gap = np.log2(ranks[1] + 1.) - np.log2(ranks[0] + 1.)    # how many times better the first is
     order = np.argsort(-gap, kind="stable")
     names = [path.resolve().name for path in (folder, other)]

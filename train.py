@@ -37,16 +37,10 @@ from loop import runs, settings
 from loop.pretraining import prepare_pretraining
 from loop.report import write_report
 from loop.runs import Job, Progress
+from loop.settings import OPTIMIZERS, SCHEDULES
 
 SELECT = "ndcg@10"    # the validation metric that chooses the epoch
 CHECK_EVERY = 500     # steps between two looks at the flag for bad steps, within long epochs
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 <= share < 1
-    "constant": lambda share: 1.0,
-    "step": lambda share: 1.0 if share < .8 else .1,
-    "linear": lambda share: 1.0 - share,
-    "cosine": lambda share: .5 * (1 + math.cos(math.pi * share)),
-}
 
 
 # ---------------- the command
@@ -237,11 +231,12 @@ def train_and_test(job, stages, weights, seed, folder) -> dict:
 
 
 def tested(job, model, folder) -> dict:
-    """The metrics of a trained model; the rank of every test user's target goes into a file."""
+    """The metrics of a trained model; the ranks of every test user's target go into files."""
     valid = evaluate.evaluate(model, job.dataset, job.cfg, "valid", job.device)
     test = evaluate.evaluate(model, job.dataset, job.cfg, "test", job.device)
-    with atomic(folder / "ranks-test.npy", "wb") as file:
-        np.save(file, test["ranks"])
+    for name, ranks in (("ranks-test", "ranks"), ("ranks-test-masked", "ranks_masked")):
+        with atomic(folder / f"{name}.npy", "wb") as file:
+            np.save(file, test[ranks])
     return {
         "valid": evaluate.numbers_of(valid),
         "valid_masked": valid["masked"],

@@ -1,6 +1,6 @@
 """One table of many finished runs: means and spreads of seeds, and paired differences.
 
-Everything is read from the runs' folders: config.json, metrics.json and ranks-test.npy.
+Everything is read from the runs' folders: config.json, metrics.json, and the users' ranks.
 """
 import json
 import math
@@ -30,8 +30,12 @@ COLUMNS = (    # heading, part of metrics.json, metric
     ("cold R@10", "cold", "recall@10"),
     ("cold N@10", "cold", "ndcg@10"),
 )
+COMPARED = {    # column whose users are compared -> part of metrics.json, file of ranks, key here
+    "N@10": ("test", "ranks-test.npy", "against"),
+    "masked N@10": ("test_masked", "ranks-test-masked.npy", "against_masked"),
+}
 DATA = ("sequences_sha256", "split", "cut")    # what runs in one table share
-IGNORED = ("seed", "data", "widths", "config")    # settings that set no rows apart
+IGNORED = ("seed", "data", "widths", "config", "made_with")    # what sets no rows apart
 # what a table reads of config.json and metrics.json, as has_form takes it
 NEEDED = {"model": str, "seed": int, "split": str, "config": dict, "sequences_sha256": str}
 NUMBERS = {"recall@10": float, "ndcg@10": float}
@@ -48,15 +52,20 @@ class Finished:
     settings: dict
     metrics: dict
 
-    @property
-    def ranks(self):
-        path = self.folder / "ranks-test.npy"
+    def has_ranks(self, column) -> bool:
+        """Whether ranks are kept for a column of COMPARED; older runs have them for N@10 alone."""
+        return column == "N@10" or (self.folder / COMPARED[column][1]).is_file()
+
+    def ranks(self, column="N@10"):
+        """The rank of each test user's target, 0 = best: (U,) integers. Raises UserError."""
+        part, name, _ = COMPARED[column]
+        path = self.folder / name
         try:
             refuse_endless(path)
             found = np.load(path, allow_pickle=False)
             if found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0:
                 raise ValueError("they are no ranks")
-            if abs(gain(found).mean() - self.metrics["test"]["ndcg@10"]) > 1e-6:
+            if abs(gain(found).mean() - self.metrics[part]["ndcg@10"]) > 1e-6:
                 raise ValueError("they do not give the numbers of metrics.json")
             return found
         except Exception as error:    # a damaged .npy can raise almost anything
@@ -163,12 +172,12 @@ def summary(runs) -> dict:
     return found
 
 
-def difference(runs, others) -> dict:
-    """Of a row's NDCG@10 to another's: each user's mean over seeds, paired.
+def difference(runs, others, column="N@10") -> dict:
+    """Of a row's NDCG@10 to another's: each user's mean over seeds, paired. column: of COMPARED.
 
     Raises UserError where the ranks are not of the same users.
     """
-    mine, theirs = gains_of(runs), gains_of(others)
+    mine, theirs = gains_of(runs, column), gains_of(others, column)
     if len(mine) != len(theirs):
         raise UserError(
             f"{runs[0].folder} and {others[0].folder} rank {len(mine)} and {len(theirs)} users: "
@@ -178,23 +187,31 @@ def difference(runs, others) -> dict:
     return with_interval(differences) | {"p": p_value(differences)}
 
 
-def gains_of(runs):
+def gains_of(runs, column):
     """NDCG@10 of each user, mean over the seeds: (U,)"""
-    each = [gain(run.ranks) for run in runs]
+    each = [gain(run.ranks(column)) for run in runs]
     if len({len(gains) for gains in each}) > 1:
         raise UserError(f"the runs of {runs[0].folder} and its other seeds rank different users")
     return np.mean(each, axis=0)
 
 
 def compare(rows) -> dict:
-    """{name: summary}; from the second row on with "against": the difference to the first, p by
-    Holm over all of them."""
-    names = list(rows)
+    """{name: summary}; from the second row on with "against" and "against_masked": the difference
+    to the first, p by Holm over all of a column."""
     found = {name: summary(runs) for name, runs in rows.items()}
-    against = [difference(rows[name], rows[names[0]]) for name in names[1:]]
-    for name, one, p in zip(names[1:], against, holm([one["p"] for one in against])):
-        found[name]["against"] = {"first": names[0], **one, "p_holm": p}
+    for column in COMPARED:
+        if all(run.has_ranks(column) for runs in rows.values() for run in runs):
+            add_differences(found, rows, column)
     return found
+
+
+def add_differences(found, rows, column):
+    """Add to each row of `found` but the first its difference to the first (in place)."""
+    first, *others = rows
+    key = COMPARED[column][2]
+    each = [difference(rows[name], rows[first], column) for name in others]
+    for name, one, p in zip(others, each, holm([one["p"] for one in each])):
+        found[name][key] = {"first": first, **one, "p_holm": p}
 
 
 # ---------------- how it is shown
@@ -202,17 +219,18 @@ def compare(rows) -> dict:
 def markdown(found) -> str:
     """The table of `compare` as Markdown."""
     head = ["", *(heading for heading, _, _ in COLUMNS), "epoch", "seconds", "weights"]
-    first = next(iter(found))
-    several = len(found) > 1
-    if several:
-        head += [f"N@10 against {first}", "p (Holm)"]
+    first, *others = found
+    compared = {column: key for column, (_, _, key) in COMPARED.items()
+                if others and key in found[others[0]]}
+    for column in compared:
+        head += [f"{column} against {first}", "p (Holm)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in found.items():
         cells = [shown(*row[heading]) if heading in row else "" for heading, _, _ in COLUMNS]
         cells += [f"{row['best_epoch']:.0f}", f"{row['seconds']:.0f}"]
         cells.append(f"{row['parameters']:.0f}")
-        if several:
-            cells += shown_difference(row.get("against"))
+        for key in compared.values():
+            cells += shown_difference(row.get(key))
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
@@ -236,7 +254,8 @@ def shown_difference(against) -> list:
 
 NOTE = (
     "Differences: each user's NDCG@10, mean over seeds, with the 95 % interval of the bootstrap "
-    "over users, and p of the permutation test over users, by Holm for all rows together."
+    "over users, and p of the permutation test over users, by Holm for all rows of a column. "
+    "What seeds differ by is in neither: see the ± of the rows."
 )
 
 

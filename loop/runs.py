@@ -1,8 +1,8 @@
 """A run: its model and catalog, its folder, its state, and how it is resumed or opened again.
 
 `runs/<model>-<data>-<seed>/` holds config.json, log.jsonl (one line per epoch), model.safetensors
-(the best validation epoch), state.safetensors (the last epoch, for --resume), ranks-test.npy,
-metrics.json and report.html.
+(the best validation epoch), state.safetensors (the last epoch, for --resume), ranks-test.npy and
+ranks-test-masked.npy, metrics.json and report.html.
 
 Resuming: each epoch draws its random numbers from (seed, stage, epoch) alone, so there is no
 generator state to restore. state.safetensors has the weights, the optimiser and the Progress. It
@@ -37,6 +37,8 @@ from common.files import (
     read_json,
     save_tensors,
     set_aside,
+    sha256,
+    tensors_sha256,
     write_json,
 )
 from common.splits import SPLITS
@@ -362,7 +364,7 @@ def with_rows(weight, count):
 # ---------------- the folder of a run
 
 def settings_of(job, seed) -> dict:
-    """What config.json keeps: all that decides a run's numbers."""
+    """What config.json keeps: the settings, and what they were used on."""
     args = job.args
     return {
         "model": args.model,
@@ -385,6 +387,20 @@ def settings_of(job, seed) -> dict:
         "widths": widths_of(job.catalog),
         "config": dataclasses.asdict(job.cfg),
         "sequences_sha256": job.dataset.about["sequences_sha256"],
+        "made_with": made_with(job),
+    }
+
+
+def made_with(job) -> dict:
+    """What can be another under the same settings: the model file, what it READS of items (of
+    pictures that it reads itself, only which there are), the kind of device, --compile."""
+    tensors = {key: value for key, value in job.catalog.items() if torch.is_tensor(value)}
+    lists = [[str(x) for x in job.catalog.get(key, ())] for key in RAW.values()]
+    return {
+        "code": sha256(job.module.__file__),
+        "inputs": tensors_sha256(tensors, lists),
+        "device": job.device.type,
+        "compile": job.args.compile,
     }
 
 
@@ -418,7 +434,12 @@ def run_folder(folder, settings, resume):
             if not resumed:
                 write_json(folder / "config.json", settings)
         if resumed:
-            make_longer(folder, settings, refuse_other_settings(folder, settings))
+            longer = refuse_other_settings(folder, settings)
+            changed = changed_since(folder, settings)
+            if changed:
+                print(f"note: {folder} was begun with another {', '.join(changed)} (made_with in "
+                      f"its config.json)", flush=True)
+            make_longer(folder, settings, longer)
         try:
             yield
         except (UserError, OSError):
@@ -444,13 +465,22 @@ def make_room(folder):
 
 
 def has_settings(folder, settings) -> bool:
-    """Whether a run was begun there with just these settings."""
+    """Whether a run was begun there with just these settings, made with the same."""
     if not (folder / "config.json").is_file():
         return False
     try:
-        return not refuse_other_settings(folder, settings)
+        longer = refuse_other_settings(folder, settings)
     except UserError:
         return False
+    return not longer and not changed_since(folder, settings)
+
+
+def changed_since(folder, settings) -> list:
+    """Names of what a run was made with that are not the same now."""
+    before = read_json(folder / "config.json", dict, AGAIN).get("made_with")
+    if not isinstance(before, dict):
+        return ["version of this project"]    # which did not keep it
+    return [name for name, value in settings["made_with"].items() if before.get(name) != value]
 
 
 def refuse_other_settings(folder, settings) -> list:
@@ -459,8 +489,9 @@ def refuse_other_settings(folder, settings) -> list:
     before = read_json(folder / "config.json", {"config": dict}, advice)
     now = {**settings, **settings["config"]}
     before = {**SINCE, **before, **before["config"]}
-    # where the data lies is no setting: sequences_sha256 says whether it is the same
-    changed = [name for name in now if name not in ("config", "data")]
+    # where the data lies is no setting: sequences_sha256 says whether it is the same; and what it
+    # was made with may change under a run that goes on, which is said
+    changed = [name for name in now if name not in ("config", "data", "made_with")]
     changed = [name for name in changed if before.get(name) != now[name]]
     numbers = [name for name in changed if name in LONGER and has_form(before.get(name, 0), int)]
     longer = [name for name in numbers if before.get(name, 0) < now[name]]

@@ -7,11 +7,13 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch
 from torch import nn
 
 import extract_features
@@ -75,8 +77,13 @@ RECIPE = {    # what training needs of a Config: all of it, or nothing where not
     "patience": int,
     "prefixes": bool,
 }
-OPTIMIZERS = ("adam", "adamw")
-SCHEDULES = ("constant", "step", "linear", "cosine")
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SCHEDULES = {         # factor of the learning rate at a share of all epochs, 0 <= share < 1
+    "constant": lambda share: 1.0,
+    "step": lambda share: 1.0 if share < .8 else .1,
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: .5 * (1 + math.cos(math.pi * share)),
+}
 ROWS = ("sequences", "prefixes", "items")    # what a Pretrain can be trained on
 
 

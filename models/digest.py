@@ -343,14 +343,20 @@ class Digest(nn.Module):
             items = torch.cat([table[stream] for stream in self.streams], 1)
             losses["next_item"] = stream_loss(h, items, target, had, self.r(), never)
         if self.cfg.use_cosine:
-            some = self.some_of(target)                                   # (n,) reading 9
-            q = {m: x[:, -P:].flatten(0, 1)[some] for m, x in self.recent_content(seq).items()}
-            y = self.cosine_scores(q, target[some])                       # (n, N+1)
-            y = y.scatter_add(1, had[some], self.r().expand_as(had[some]))    # eq. (8)
-            y = y.masked_fill(never, -torch.inf)                          # reading 8
-            loss = F.cross_entropy(y, target[some], ignore_index=0, reduction="sum")
-            losses["cosine"] = loss / (target[some] != 0).sum().clamp(min=1)
+            with torch.autocast(seq.device.type, enabled=False):    # bfloat16 is coarse for logits
+                losses["cosine"] = self.cosine_loss(seq, target, had, never)
         return losses
+
+    def cosine_loss(self, seq, target, had, never):
+        """Cross entropy of the cosine's scores, of some of the places that predict, eq. (9)."""
+        P = len(target) // len(seq)
+        some = self.some_of(target)                                       # (n,) reading 9
+        q = {m: x[:, -P:].flatten(0, 1)[some] for m, x in self.recent_content(seq).items()}
+        y = self.cosine_scores(q, target[some])                           # (n, N+1)
+        y = y.scatter_add(1, had[some], self.r().expand_as(had[some]))    # eq. (8)
+        y = y.masked_fill(never, -torch.inf)                              # reading 8
+        loss = F.cross_entropy(y, target[some], ignore_index=0, reduction="sum")
+        return loss / (target[some] != 0).sum().clamp(min=1)
 
     def some_of(self, target):
         """An eighth of the places (R,), drawn; fewer where a row of all items is long."""

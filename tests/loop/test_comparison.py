@@ -9,7 +9,7 @@ import pytest
 from common.files import UserError
 from common.statistics import gain, holm, p_value
 from evaluate import metrics
-from helpers import refused, run, write_shop
+from helpers import ROOT, refused, run, write_shop
 from loop import comparison
 
 ONCE = ("--epochs", 1)
@@ -27,6 +27,7 @@ def write_run(folder, ranks, model="sasrec", seed=0, cold=None, **settings):
                "groups": groups, "best_epoch": 3, "seconds": 2. + seed, "parameters": 100}
     (folder / "metrics.json").write_text(json.dumps(numbers))
     np.save(folder / "ranks-test.npy", np.array(ranks))
+    np.save(folder / "ranks-test-masked.npy", np.maximum(np.array(ranks) - 1, 0))
     return folder
 
 
@@ -75,17 +76,36 @@ def test_differences_are_of_each_users_mean_over_seeds(folders, ranks):
     assert against["p_holm"] < .001 < found["pop"]["against"]["p_holm"]
 
 
+def test_differences_of_masked_ranks_are_a_column_of_their_own(folders, ranks):
+    found = comparison.compare(comparison.rows_of(folders))
+    each = {key: gain(np.maximum(these - 1, 0)) for key, these in ranks.items()}
+    first = (each["sasrec", 0] + each["sasrec", 1]) / 2
+    second = (each["mdsrec", 0] + each["mdsrec", 1]) / 2
+    masked = found["mdsrec"]["against_masked"]
+    assert masked["difference"] == pytest.approx((second - first).mean())
+    assert masked["difference"] != found["mdsrec"]["against"]["difference"]
+    assert masked["p"] == p_value(second - first)
+
+
+def test_runs_of_before_masked_ranks_were_kept_are_compared_without(folders):
+    (folders[3] / "ranks-test-masked.npy").unlink()
+    found = comparison.compare(comparison.rows_of(folders))
+    assert not any("against_masked" in row for row in found.values())
+    assert comparison.markdown(found).splitlines()[0].endswith("| N@10 against sasrec | p (Holm) |")
+
+
 def test_the_table_as_it_is_printed(folders):
     text = comparison.markdown(comparison.compare(comparison.rows_of(folders)))
     head, line, *rows = text.splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
-    assert {len(row) for row in cells} == {13} == {line.count("---")}
-    assert cells[0][-2:] == ["N@10 against sasrec", "p (Holm)"]
+    assert {len(row) for row in cells} == {15} == {line.count("---")}
+    assert cells[0][-4::2] == ["N@10 against sasrec", "masked N@10 against sasrec"]
+    assert cells[0][-3::2] == ["p (Holm)", "p (Holm)"]
     assert [row[0] for row in cells[1:]] == ["sasrec", "mdsrec", "pop"]
     assert re.fullmatch(r"\.\d{4} ± \.\d{4}", cells[1][1])
     assert re.fullmatch(r"\.\d{4}", cells[3][1])    # one seed has no spread
-    assert cells[1][-2:] == ["", ""]
-    assert re.fullmatch(r"\+\.\d{4} \(\+\.\d{4} to \+\.\d{4}\)", cells[2][-2])
+    assert cells[1][-4:] == ["", "", "", ""]
+    assert re.fullmatch(r"\+\.\d{4} \(\+\.\d{4} to \+\.\d{4}\)", cells[2][-4])
 
 
 def test_rows_of_one_model_say_what_sets_them_apart(tmp_path, ranks):
@@ -95,6 +115,18 @@ def test_rows_of_one_model_say_what_sets_them_apart(tmp_path, ranks):
         write_run(tmp_path / "c" / "sasrec-shop-0", ranks["sasrec", 1], text="hash"),
     ]
     assert list(comparison.rows_of(runs)) == ["sasrec", "sasrec, dim 64", "sasrec, text hash"]
+
+
+def test_seeds_of_one_row_may_be_made_with_different_files(tmp_path, ranks):
+    runs = [write_run(tmp_path / str(seed), ranks["sasrec", seed], seed=seed,
+                      made_with={"code": str(seed)}) for seed in (0, 1)]
+    assert [len(row) for row in comparison.rows_of(runs).values()] == [2]
+
+
+def test_ranks_of_another_run_are_refused(folders):
+    shutil.copy(folders[2] / "ranks-test.npy", folders[0])
+    with pytest.raises(UserError, match="do not give the numbers of metrics.json"):
+        comparison.compare(comparison.rows_of(folders))
 
 
 @pytest.mark.parametrize("other", [
@@ -135,12 +167,54 @@ def test_several_models_make_one_table_and_finished_runs_are_kept(tmp_path):
     assert table.splitlines()[3] in printed    # the table's own files are no runs
 
 
-def test_a_run_with_other_settings_is_trained_anew(tmp_path):
+@pytest.mark.parametrize("flags", [("--dim", 8), ("--epochs", 2)])
+def test_a_run_with_other_settings_is_trained_anew(tmp_path, flags):
     write_shop(tmp_path / "shop")
-    run("train.py", "--model", "sasrec", "--data", "shop", "--dim", 8, *ONCE, cwd=tmp_path)
-    done = run("train.py", "--model", "pop,sasrec", "--data", "shop", cwd=tmp_path)
+    run("train.py", "--model", "sasrec", "--data", "shop", *ONCE, cwd=tmp_path)
+    command = ("train.py", "--model", "pop,sasrec", "--data", "shop", *ONCE)
+    done = run(*command, *flags, cwd=tmp_path)
     assert "is finished" not in done.stdout
     assert (tmp_path / "runs/sasrec-shop-0~1/metrics.json").is_file()
+
+
+def test_a_run_of_another_model_file_or_of_other_features_is_trained_anew(tmp_path):
+    write_shop(tmp_path / "shop")
+    shutil.copy(ROOT / "models" / "digest.py", tmp_path / "mine.py")
+    run("train.py", "--model", "pop", "--data", "shop", cwd=tmp_path)
+    items = (tmp_path / "data" / "shop" / "items.jsonl").read_text().splitlines()
+    vectors = np.random.default_rng(0).normal(size=(len(items), 4))
+    np.save(tmp_path / "v.npy", vectors)
+    command = ("train.py", "--model", "pop,mine.py", "--data", "shop", "--text", "v.npy", "--image",
+               "pixels", "--modality", "text", *ONCE)
+    run(*command, cwd=tmp_path)
+    assert run(*command, cwd=tmp_path).stdout.count("is finished") == 2
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("# changed\n")
+    again = run(*command, cwd=tmp_path).stdout
+    assert again.count("is finished") == 1
+    assert "an earlier run is now runs/mine-shop-0~1" in again
+    np.save(tmp_path / "v.npy", 2 * vectors[::-1])
+    again = run(*command, cwd=tmp_path).stdout
+    assert again.count("is finished") == 1
+    assert "an earlier run is now runs/mine-shop-0~2" in again
+
+
+def test_a_run_that_goes_on_says_what_has_changed_since(tmp_path):
+    write_shop(tmp_path / "shop")
+    shutil.copy(ROOT / "models" / "sasrec.py", tmp_path / "mine.py")
+    command = ("train.py", "--model", "mine.py", "--data", "shop", "--resume")
+    run(*command, *ONCE, cwd=tmp_path)
+    assert "was begun with another" not in run(*command, "--epochs", 2, cwd=tmp_path).stdout
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("# changed\n")
+    done = run(*command, "--epochs", 3, cwd=tmp_path).stdout
+    assert "note: runs/mine-shop-0 was begun with another code (made_with" in done
+    config = tmp_path / "runs/mine-shop-0/config.json"
+    about = json.loads(config.read_text())
+    del about["made_with"]
+    config.write_text(json.dumps(about))
+    done = run(*command, "--epochs", 4, cwd=tmp_path).stdout
+    assert "was begun with another version of this project" in done
 
 
 @pytest.mark.parametrize("models, words", [
@@ -213,6 +287,7 @@ def test_the_same_run_twice_and_one_seed_twice(tmp_path, ranks):
 
 @pytest.mark.parametrize("file, content, words", [
     ("ranks-test.npy", "broken", ("ranks-test.npy cannot be read", "leave it out")),
+    ("ranks-test-masked.npy", "broken", ("ranks-test-masked.npy cannot be read",)),
     ("metrics.json", "{}", ("metrics.json of no run",)),
     ("config.json", "{}", ("config.json of no run",)),
     ("config.json", "[]", ("config.json of no run",)),

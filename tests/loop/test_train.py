@@ -44,7 +44,7 @@ def test_a_run_and_its_evaluation(shop, tmp_path):
     folder = tmp_path / "runs" / "sasrec-shop-0"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "log.jsonl", "model.safetensors", "state.safetensors", "ranks-test.npy",
-        "metrics.json", "report.html",
+        "ranks-test-masked.npy", "metrics.json", "report.html",
     }
     result = metrics_of(folder)
     wanted = {"valid", "valid_masked", "test", "test_masked", "groups", "groups_masked"}
@@ -57,6 +57,7 @@ def test_a_run_and_its_evaluation(shop, tmp_path):
     ranks = np.load(folder / "ranks-test.npy")
     assert len(ranks) == result["users"] == 60
     assert metrics(ranks) == result["test"] != result["test_masked"]
+    assert metrics(np.load(folder / "ranks-test-masked.npy")) == result["test_masked"]
     again = run("evaluate.py", folder, cwd=tmp_path).stdout
     assert rows_of(done.stdout) == rows_of(again)
     assert len(rows_of(again)) >= 5

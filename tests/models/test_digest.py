@@ -105,6 +105,17 @@ def test_neighbours_are_not_found_in_bfloat16():
         graphs.append(model.graphs["text"])
     assert torch.equal(*graphs)
 
+
+def test_the_cosine_is_not_learned_in_bfloat16():
+    model = make().float()
+    losses = []
+    for coarse in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
+            losses.append(model(batch())["cosine"])
+    assert torch.equal(*losses)
+
+
 def naive_tables(model):
     """T^id, T^t and T^v of item j, eqs. (1) to (3)."""
     sold = [sum(seq.count(j) for seq in SEQS) for j in range(N + 1)]

@@ -2,6 +2,7 @@
 import re
 
 import pytest
+import torch
 
 from common.files import UserError
 from helpers import ROOT, refused, run
@@ -103,6 +104,26 @@ def test_a_wrong_file_gets_one_sentence(old, new, said, tmp_path):
 def test_a_wrong_pretrain_gets_one_sentence(old, new, said, tmp_path):
     assert old in PRETRAIN
     assert said in sentence(write(tmp_path, RIGHT + PRETRAIN.replace(old, new, 1)))
+
+
+def test_the_example_keeps_what_the_page_says_of_batches(tmp_path):
+    module = load_model_file(write(tmp_path, RIGHT))
+    torch.manual_seed(0)
+    catalog = {"n_items": 9, "text": torch.randn(10, 4), "has_text": torch.arange(10) > 2}
+    model = module.Model(module.Config(max_len=4), catalog).eval()
+    batch = {"seq": torch.tensor([[3, 5, 9, 1], [0, 0, 7, 2]]),
+             "target": torch.tensor([[5, 9, 1, 4], [0, 0, 2, 8]])}
+    padded = {key: torch.nn.functional.pad(value, (3, 0)) for key, value in batch.items()}
+    longer = {key: torch.cat([value.new_full((2, 3), 6), value], 1) for key, value in batch.items()}
+    table = model.encode_items()
+    scores, losses = model.score(batch, table), model(batch)
+    torch.testing.assert_close(model.score(padded, table), scores)
+    torch.testing.assert_close(model(padded), losses)
+    cut = [0]    # a row that max_len fills
+    torch.testing.assert_close(model.score(longer, table)[cut], scores[cut])
+    before = {key: value[cut] for key, value in batch.items()}
+    after = {key: value[cut] for key, value in longer.items()}
+    torch.testing.assert_close(model(after), model(before))
 
 
 def test_all_faults_are_in_one_sentence(tmp_path):
