@@ -130,10 +130,11 @@ def inputs_changed(dataset, modality, encoder) -> bool:
     about = about_features(path, keys_of(dataset), encoder)
     if is_vectors(encoder):    # features without their file still serve
         return Path(encoder).is_file() and about["inputs_sha256"] != digest_of(encoder)
-    _, inputs = inputs_of(dataset, modality)
+    which, inputs = inputs_of(dataset, modality)
     if not inputs or about["inputs_sha256"] is None:
         return False
-    return about["inputs_sha256"] != fingerprint(inputs, modality)
+    moved = about["which_sha256"] not in (None, whose(which))
+    return moved or about["inputs_sha256"] != fingerprint(inputs, modality)
 
 
 def keys_of(dataset) -> list:
@@ -171,6 +172,11 @@ def fingerprint(inputs, modality) -> str:
     return keys_sha256(named)
 
 
+def whose(which) -> str:
+    """SHA-256 of which inputs each item has."""
+    return keys_sha256([",".join(map(str, numbers)) for numbers in which])
+
+
 # ---------------- encoding, part by part
 
 def parts_of(path) -> Path:
@@ -201,11 +207,12 @@ def extract(dataset, modality, encoder, device):
         vectors, failures, cut = in_parts(
             parts_of(path), of_part, inputs, PART[modality], made_of
         )
-        notes = what_failed(dataset, encoder, vectors, failures)
+        notes = what_failed(dataset, encoder, vectors, failures, cut)
         about |= {"failures": failures, "texts_cut": cut, "notes": notes}
     index = np.zeros((len(which), max(1, *map(len, which))), np.int64)    # (N, S)
     for row, numbers in zip(index, which):
         row[:len(numbers)] = np.array(numbers, np.int64) + 1
+    about["which_sha256"] = whose(which)
     keys = keys_of(dataset)
     write_features(dataset.folder, modality, encoder, vectors, index, keys, about)
 
@@ -227,8 +234,9 @@ def take_over(dataset, modality, file):
     write_features(dataset.folder, modality, file, vectors, index, keys, about)
 
 
-def what_failed(dataset, encoder, vectors, failures) -> list:
-    """Sentences on pictures that cannot be used, and on an encoder that tells nothing apart."""
+def what_failed(dataset, encoder, vectors, failures, cut) -> list:
+    """Sentences on pictures that cannot be used, on texts (`cut` of them) that are longer than the
+    encoder reads, and on an encoder that tells nothing apart."""
     notes = []
     if failures:
         first, reason = next(iter(failures.items()))
@@ -236,6 +244,8 @@ def what_failed(dataset, encoder, vectors, failures) -> list:
             f"{len(failures)} of {len(vectors)} pictures cannot be used, the first is {first} "
             f"({reason}); the features' json names all"
         )
+    if cut:
+        notes.append(f"{cut} of {len(vectors)} texts are longer than {encoder} reads, and were cut")
     if len(vectors) - len(failures) > 1 and not (vectors != vectors[0]).any():
         notes.append(f"{encoder} gives one and the same vector for everything in {dataset.name}")
     return notes

@@ -35,7 +35,7 @@ from common.files import (
 )
 from common.progress import Bar
 from data import Rows
-from evaluate import chunk_size, in_chunks, ranking, rows_in
+from evaluate import chunk_size, in_chunks, ranking, refuse_other_shape, rows_in
 from loop.new_items import model_of_more
 from loop.report import write_recommendations
 from loop.runs import RAW, open_run
@@ -80,7 +80,9 @@ def best_items(ranker, rows, k):
 @torch.no_grad()
 def best_of_chunk(ranker, inputs, seen, k):
     """Scores and ids (B, k) of rows that are scored at once. seen: (B, M) ids to leave out."""
-    scores = ranker.model.score(inputs, ranker.table).float()
+    scores = ranker.model.score(inputs, ranker.table)
+    refuse_other_shape(scores, len(inputs["seq"]), rows_in(ranker.table))
+    scores = scores.float()
     if scores.stride(0) == 0:    # one row for all users
         scores = scores.clone()
     scores[:, 0] = -torch.inf    # padding is no item
@@ -316,6 +318,8 @@ def check_arguments(args):
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.name):
             raise UserError(f"--{name} {path} is a folder: give the name of a file")
+        if path is not None and path.exists() and not path.is_file():
+            raise UserError(f"--{name} {path} is a pipe or a device: give the name of a file")
     if args.all and not args.out:
         raise UserError("--all needs a file for the lists: give --out top.csv")
     if args.out and not args.all:
@@ -378,7 +382,8 @@ def show_one(args, run, ranker):
     (ids,), (scores,) = best_items(ranker, rows, args.top)
     if args.json:
         found = recommendation(dataset, args.user, history, ids.tolist(), scores.tolist())
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+        letters = (sys.stdout.encoding or "").lower().startswith("utf")    # else \u00e9
+        print(json.dumps(found, ensure_ascii=not letters, indent=1))
     else:
         print(as_text(dataset, args.user, history, ids.tolist(), scores.tolist()))
     if args.html:

@@ -437,6 +437,7 @@ def train_step(trainer, batch, watch, users):
     """One update of the weights; skipped, on the device, if the loss or gradient is not finite."""
     with precision(trainer.device, trainer.precision):
         terms = trainer.forward(batch)
+        refuse_other_losses(terms)
         loss = sum(terms.values())
     trainer.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -444,6 +445,18 @@ def train_step(trainer, batch, watch, users):
     norm = torch.nn.utils.clip_grad_norm_(trainer.weights, limit, foreach=True)
     trainer.optimizer.found_inf = watch.step(terms, norm, users)
     trainer.optimizer.step()
+
+
+def refuse_other_losses(terms):
+    """Raises UserError for what a model file's forward must not return."""
+    right = isinstance(terms, dict) and terms and all(
+        torch.is_tensor(loss) and loss.dim() == 0 for loss in terms.values()
+    )
+    if not (right and any(loss.requires_grad for loss in terms.values())):
+        raise UserError(
+            "forward of the model file must return losses by name, 0-d tensors with a gradient, "
+            "such as next_item: models/README.md says what a model file has"
+        )
 
 
 class Watch:

@@ -70,7 +70,7 @@ def about_features(path, keys, encoder) -> dict:
     """The json of a feature file. Raises UserError where it belongs to other items or encoders."""
     advice = f"remove {path}, then both are made again"
     about = read_json(path.with_suffix(".json"), dict, advice)
-    about = {"notes": [], "inputs_sha256": None} | about
+    about = {"notes": [], "inputs_sha256": None, "which_sha256": None} | about
     if not has_form(about["notes"], [str]):
         raise UserError(f"{path.with_suffix('.json')} has notes that are no sentences: {advice}")
     if (about.get("items_sha256"), about.get("encoder")) != (keys_sha256(keys), encoder):

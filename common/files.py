@@ -390,8 +390,8 @@ def pick_device(name=None):
         name = best_device()
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
             f"--device {name} cannot be used here ({first_line(error)}): try --device cpu"
         ) from None

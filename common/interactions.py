@@ -4,6 +4,7 @@
 Names are compared without case and without what is no letter or digit: `User_ID` is `userid`.
 """
 import re
+import unicodedata
 from array import array
 
 import numpy as np
@@ -32,6 +33,7 @@ FILES = {    # name of a table: which part it is
     "train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2,
 }
 PART = {**FILES, "0": 0, "1": 1, "2": 2}    # what a cell of such a column says
+ROUNDED = re.compile(r"\d\.\d+[Ee]\+\d+")    # 9.78014E+12
 ADVICES = {"time_not_understood": ADVICE, "part_not_understood": "write train, valid or test"}
 
 
@@ -113,6 +115,8 @@ class Interactions:
         times, found, clock = self.times.in_seconds(path)
         report |= found
         notes = list(self.notes)
+        for role, keys in (("users", self.users), ("items", self.items)):
+            notes += notes_of_keys(keys.names, role, path.name)
         if self.timed and clock == "order" and len(times):
             notes.append(
                 f"the times of {path.name} are no dates (the first is {times[0]:g}): they give the "
@@ -126,6 +130,35 @@ class Interactions:
             "parts": np.asarray(self.parts) if self.parts else None,
             "notes": notes,
         }
+
+
+def notes_of_keys(keys, role, file) -> list:
+    """Sentences on keys of one column that seem to be written in two ways, or were rounded."""
+    notes = []
+    rounded = [key for key in keys if ROUNDED.fullmatch(key)]
+    if rounded:
+        notes.append(
+            f"{len(rounded)} {role} of {file} are written like {rounded[0]}, as spreadsheets write "
+            f"long numbers: their last digits are lost, and different {role} count as one"
+        )
+    first = {}
+    twice = [(first[form], key) for key in keys
+             if (form := one_form(key)) and first.setdefault(form, key) != key]
+    if twice:
+        one, other = twice[0]
+        notes.append(
+            f"{len(twice)} {role} of {file} seem to be written in two ways ({one} and {other}), "
+            f"and count as two"
+        )
+    return notes
+
+
+def one_form(key) -> str:
+    """A key without what programs add or take away: .0, zeros before, invisible letters."""
+    if not key.isascii():
+        composed = unicodedata.normalize("NFC", key)
+        key = "".join(x for x in composed if unicodedata.category(x) != "Cf").strip()
+    return key.removesuffix(".0").lstrip("0")
 
 
 def all_or_none(path, what, before, now) -> bool:

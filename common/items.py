@@ -5,7 +5,9 @@ printed, the keys that it did not know and the pictures that it refused. Names o
 as in interactions.py.
 """
 import ast
+import json
 import re
+import unicodedata
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 
@@ -46,6 +48,7 @@ IMAGES = (
     "poster", "posterurl", "cover", "coverurl", "imageurlhighres",
 )
 ALL_READ = {*sum(TEXTS, ()), *IMAGES}    # of the other names the first that has a text is read
+BETWEEN = re.compile(r"""(['"])\s+(['"])""")    # texts in an array that numpy has printed
 SEVERAL = re.compile(r"\s*[|;]\s*|[,\s]+(?=https?://)")    # between the pictures in one cell
 
 
@@ -56,6 +59,7 @@ class Items:
         self.catalog = {}          # item key -> title, text, language, images
         self.file = ""             # the name of the file that was read last
         self.twice = 0             # described again: the first counts
+        self.gaps = False          # whether there are more lines than items
         self.unread = Counter()    # key -> in how many items it was not read
         self.refused = Counter()   # why -> how many pictures
         self.first_refused = ""
@@ -73,6 +77,11 @@ class Items:
 
     def read(self, path, form=None) -> dict:
         """Add items.jsonl or a table of items -> the counts of its lines. Raises UserError."""
+        counts = self.read_lines(path, form)
+        self.gaps |= self.twice > 0 or counts["lines"] > len(self.catalog)
+        return counts
+
+    def read_lines(self, path, form):
         self.file = path.name
         if path.name.removesuffix(".gz").endswith(".jsonl"):
             return each_object(path, self.take)
@@ -98,7 +107,10 @@ class Items:
 
     def take(self, row):
         """An object that describes an item; None, or why it cannot be used."""
-        plain = {plain_name(name): value for name, value in row.items()}
+        plain = {}
+        for name, value in row.items():    # of two that are one plain name, the first with a text
+            if not clean_text(plain.get(plain_name(name))):
+                plain[plain_name(name)] = value
         item = next((name for name in KEYS if name in plain), None)
         key = key_of(plain.get(item))
         if not key:
@@ -110,7 +122,7 @@ class Items:
         read = {item, title, language, *ALL_READ}
         for name, value in row.items():
             if plain_name(name) not in read and clean_text(value):
-                self.unread[name] += 1
+                self.unread[SURROGATE.sub("?", name)] += 1
         self.catalog[key] = {
             "title": clean_text(plain.get(title)),
             "text": sentences(*texts_of(plain)),
@@ -129,7 +141,7 @@ class Items:
                 if why is None:
                     yield image
                     continue
-                self.first_refused = self.first_refused or str(image)[:60]
+                self.first_refused = self.first_refused or SURROGATE.sub("?", str(image)[:60])
                 self.refused[why] += 1
 
     def notes(self) -> list:
@@ -197,10 +209,11 @@ def value_of(cell):
     if cell.casefold() in MISSING:
         return None
     if cell.startswith("[") and cell.endswith("]"):
-        try:
-            return ast.literal_eval(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(BETWEEN.sub(r"\1, \2", cell))
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pass
     return cell
 
 
@@ -274,4 +287,5 @@ def alike(some, others) -> list:
 
 
 def bare(key) -> str:
-    return plain_name(key.removesuffix(".0")).lstrip("0")
+    letters = filter(str.isalnum, unicodedata.normalize("NFC", key.removesuffix(".0")).casefold())
+    return "".join(letters).lstrip("0") or key

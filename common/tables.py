@@ -97,6 +97,7 @@ class Raw:
     clock: str = "seconds"      # seconds | day | order; "order": the times are no real times
     core: int = 0               # iterative k-core on users and items; 0 = none
     need_catalog: bool = False  # drop interactions with items that the catalog does not have
+    catalog_gaps: bool = False  # lines of its file describe nothing new: it has more of them
     item_order: list = None     # item keys in id order; None = sorted by key
     user_order: list = None     # user keys in row order; None = sorted by key
     features: dict = field(default_factory=dict)    # modality -> (encoder, float32 (N, D)),

@@ -13,7 +13,8 @@ from .files import UserError
 from .tables import Keys
 
 DAY = 86_400
-YEAR_2100 = 4_102_444_800      # in seconds
+YEAR_1980 = 315_532_800        # in seconds
+YEAR_2100 = 4_102_444_800
 FIRST_DATE = 10_000_000        # smaller numbers are no dates but 1, 2, 3, ...
 UNITS = (("nanoseconds", 1e9), ("microseconds", 1e6), ("milliseconds", 1e3))
 ADVICE = "write times as seconds since 1970 or as 2017-07-14 12:30:00"
@@ -40,6 +41,8 @@ class Times:
 
     def __init__(self):
         self.values = array("d")    # seconds since 1970, or numbers
+        self.numbers = 0            # how many are numbers,
+        self.least = np.inf         # and the least of them
         self.unsure = array("i")    # places in values of dates with the day or the month first,
         self.dates = Keys()         # (first, second, year) of each of them,
         self.clocks = array("d")    # and the seconds of its day
@@ -49,12 +52,15 @@ class Times:
         value = number(text)
         latest = np.inf
         if value is None:
-            value = iso(text)
             latest = YEAR_2100
+            value = iso(text)
         if value is None:
             value = self.date_of(text)
         if value is None or not 0 <= value < latest:
             return False
+        if latest == np.inf:
+            self.numbers += 1
+            self.least = min(self.least, value)
         self.values.append(value)
         return True
 
@@ -83,6 +89,11 @@ class Times:
 
         Raises UserError for dates that can be read in two ways, and for times in several units.
         """
+        if 0 < self.numbers < len(self.values) and self.least < YEAR_1980:
+            raise UserError(
+                f"{path} mixes written dates with numbers such as {self.least:.0f}: {ADVICE}, all "
+                f"in one form"
+            )
         self.resolve(path)
         times = np.asarray(self.values)
         found = {}

@@ -42,8 +42,8 @@ def read_vectors(path, keys, described=None) -> tuple:
     """(rows (N, D) float32, zero where there is none; sentences on what is not used).
 
     keys: of the items, in id order (N). described: how many of them, the first ones, stand in the
-    user's items.jsonl. Raises UserError for a file that cannot be read, has another number of rows,
-    or numbers that are not finite.
+    user's items.jsonl; -1 where that file has other lines as well. Raises UserError for a file
+    that cannot be read, has another number of rows, or numbers that are not finite.
     """
     path = Path(path)
     rows, ids = contents(path)
@@ -60,6 +60,12 @@ def read_vectors(path, keys, described=None) -> tuple:
     if not np.isfinite(rows).all():
         bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
         raise UserError(f"{path}, row {bad} (counted from 0) has a number that is not finite")
+    if ids is None and described == -1:
+        raise UserError(
+            f"{path} does not say whose its rows are, and the file of items has lines twice or "
+            f"lines that cannot be used: write the items' keys into {ids_beside(path).name}, one a "
+            f"line, a line for each row"
+        )
     if ids is None:
         notes.append(f"the rows of {path.name} are taken in the order of the catalog, the first is "
                      f"{keys[0]}'s")
@@ -75,7 +81,7 @@ def contents(path) -> tuple:
     beside = ids_beside(path)
     ids = None
     if beside.is_file():
-        ids = read_text(beside, "save it as UTF-8, one id a line").splitlines()
+        ids = read_text(beside, "save it as UTF-8, one id a line").lstrip("\ufeff").splitlines()
     if path.suffix == ".npy":
         rows = array_in(path)
         if rows.dtype.names and len(rows.dtype.names) == 2:    # key and vector
@@ -98,7 +104,10 @@ def contents(path) -> tuple:
 
 def array_in(path):
     try:
-        return np.load(path, allow_pickle=False)
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            raise ValueError("it holds several arrays, as .npz does")
+        return found
     except Exception as error:    # cut, no .npy at all, or Python objects, which would run code
         raise UserError(
             f"{path} cannot be read as an array of numbers ({first_line(error)}): save it with "
@@ -121,10 +130,13 @@ def column_of_ids(path, rows, keys) -> tuple:
     whole = rows.shape[1] > 1 and np.isfinite(first).all() and (first % 1 == 0).all()
     if not whole or len(set(first.tolist())) < MOST * len(first):
         return rows, None, []
-    if rows.dtype.itemsize < 8 and rows.dtype.kind == "f" and first.max() > 2 ** 24:
+    coarse = rows.dtype.itemsize < 8
+    exact = 2 ** (24 if coarse else 53)    # beyond, floats leave whole numbers out
+    if rows.dtype.kind == "f" and first.max() > exact:
+        advice = "save it as float64, or " if coarse else ""
         raise UserError(
             f"{path} has a first column of large whole numbers, as ids are, which {rows.dtype} "
-            f"cannot hold: save it as float64, or write the ids into {ids_beside(path).name}"
+            f"cannot hold: {advice}write the ids into {ids_beside(path).name}, one a line"
         )
     by_number = {whole_number(key): key for key in keys}    # 0012 is 12 here
     by_number.pop(None, None)

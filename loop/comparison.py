@@ -265,7 +265,7 @@ def write(path, found):
     texts = {".md": markdown(found) + note, ".json": json.dumps(found, indent=1) + "\n"}
     for end, text in texts.items():
         file = path.with_name(path.name + end)
-        if file.is_file() and file.read_text(encoding="utf-8") != text:
+        if file.is_file() and file.read_bytes() != text.encode():
             print(f"an earlier {file} is now {set_aside(file)}")
         with atomic(file) as opened:
             opened.write(text)

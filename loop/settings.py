@@ -127,7 +127,10 @@ def faults_of_config(module):
     faults = [f"Config.{name} ({kind.__name__})" for name, kind in wanted.items()
               if name not in fields]
     faults += faults_of_fields(module.Config, fields)
-    for preset, values in getattr(module, "PRESETS", {}).items():
+    presets = getattr(module, "PRESETS", {})
+    if not has_form(presets, {str: dict}):
+        return [*faults, "PRESETS as a dict of dicts"]
+    for preset, values in presets.items():
         faults += [f"Config.{name}, which the preset {preset} sets" for name in values
                    if name not in fields]
     return faults
@@ -147,6 +150,8 @@ def faults_of_fields(config, fields):
             faults.append(f"Config.{name} with a default")
         elif field.default not in choices.get(name, [field.default]):
             faults.append(f"Config.{name} as one of {', '.join(choices[name])}")
+        elif hints[name] in (int, float, str, bool) and not has_form(field.default, hints[name]):
+            faults.append(f"Config.{name} with a default that is {hints[name].__name__}")
         if hints[name] not in (int, float, str, bool) and get_origin(hints[name]) is not Literal:
             faults.append(f"Config.{name} as int, float, str, bool or Literal")
         if name in flags:
@@ -353,8 +358,8 @@ def seeds_of(args) -> list:
     if args.seeds is None:
         if args.seed is None:
             return [0]
-        if args.seed < 0:
-            raise UserError(f"--seed {args.seed} must not be negative")
+        if not 0 <= args.seed < 2 ** 63:
+            raise UserError(f"--seed {args.seed} must be between 0 and 2^63")
         return [args.seed]
     if args.seed is not None:
         raise UserError("give --seed or --seeds, not both")
@@ -362,6 +367,8 @@ def seeds_of(args) -> list:
     if not all(text.strip().isdecimal() for text in texts):
         raise UserError(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2")
     seeds = [int(text) for text in texts]
+    if max(seeds) >= 2 ** 63:
+        raise UserError(f"--seeds {args.seeds} has a seed that is not below 2^63")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {args.seeds} names a seed twice: give each once")
     return seeds

@@ -418,7 +418,7 @@ def about_data(raw, keys, sequences) -> dict:
         "image_root": raw.image_root,
         "picture_hosts": raw.picture_hosts,
         "core": raw.core,
-        "described": described_first(keys, raw.catalog),
+        "described": -1 if raw.catalog_gaps else described_first(keys, raw.catalog),
         "items_sha256": keys_sha256(keys),
         "sequences_sha256": arrays_sha256(sequences.values()),
         "report": raw.report,

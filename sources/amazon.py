@@ -256,7 +256,7 @@ def read_reviews(path) -> tuple:
     """-> users, items, times, clock, counts."""
     clock = clock_of(path) or "day"
     user_field, item_field, time_field = FIELDS[clock]
-    users, items, times = Keys(), Keys(), array("q")
+    users, items, times = Keys(), Keys(), array("d")
 
     def take(row):
         user = key_of(row.get(user_field))
@@ -331,14 +331,14 @@ def key_of(value) -> str:
 
 
 def seconds(value):
-    """Whole seconds since 1970 from seconds or milliseconds; None for no time up to 2100."""
+    """Seconds since 1970 from seconds or milliseconds; None for no time up to 2100."""
     try:
         value = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     if value >= YEAR_1995 * 1000:
         value /= 1000
-    return int(value) if 0 <= value <= YEAR_2100 else None    # NaN is in no range
+    return value if 0 <= value <= YEAR_2100 else None    # NaN is in no range
 
 
 def describe(row) -> dict:

@@ -37,6 +37,7 @@ def read(folder, name) -> Raw:
     asins = read_mapping(folder, report)
     rows = max([last + 1] + [len(vectors) for _, vectors in features.values()])
     order = [asins.get(str(number), str(number)) for number in range(rows)]
+    refuse_keys_twice(order, folder / MAPPING)
     columns["items"] = columns["items"].renamed(lambda number: order[int(number)])
     return Raw(catalog={}, report=report, item_order=order, features=features, **columns)
 
@@ -61,12 +62,15 @@ def read_features(folder, last, report) -> dict:
         if not path.is_file():
             continue
         rows = array_in(path)
-        if rows.ndim != 2 or len(rows) <= last or not np.isfinite(rows).all():
+        numbers = rows.ndim == 2 and rows.shape[1] > 0 and rows.dtype.kind in "fiub"
+        with np.errstate(over="ignore"):
+            rows = rows.astype(np.float32) if numbers else rows
+        if not numbers or len(rows) <= last or not np.isfinite(rows).all():
             raise UserError(
                 f"{path} must have a row of finite numbers for each itemID up to {last}, but its "
                 f"shape is {rows.shape}: put the file of this data set there"
             )
-        features[modality] = (path.stem, rows.astype(np.float32))
+        features[modality] = (path.stem, rows)
         report[path.name] = f"features of {len(rows)} items"
     if len({len(rows) for _, rows in features.values()}) > 1:
         raise UserError(
@@ -76,13 +80,28 @@ def read_features(folder, last, report) -> dict:
     return features
 
 
+def refuse_keys_twice(order, path):
+    """Raises UserError where an itemID without an asin has the name of another's."""
+    seen = {}
+    for number, key in enumerate(order):
+        if seen.setdefault(key, number) != number:
+            raise UserError(
+                f"{path} has no asin for itemID {number if key == str(number) else seen[key]}, "
+                f"and {key} is the asin of another: put a complete copy there"
+            )
+
+
 def read_mapping(folder, report) -> dict:
     """itemID -> asin, where a file says so."""
     asins = {}
     path = folder / MAPPING
     if path.is_file():
         def take(asin, number):
-            asins[number.strip()] = asin.strip()
+            number = whole_number(number.strip())
+            if number is None or not asin.strip():
+                return "no_number_or_asin"
+            if asins.setdefault(str(number), asin.strip()) != asin.strip():
+                return "two_asins_of_one_item"
 
         report[path.name] = each_row(path, ("asin", "itemid"), take, form=form_of(path))
     if len(set(asins.values())) < len(asins):

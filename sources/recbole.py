@@ -49,7 +49,8 @@ def read(folder, name) -> Raw:
     order = order_of(items.catalog, bought)
     root = str(folder.resolve())
     return Raw(
-        catalog=items.catalog, report=report, item_order=order, image_root=root, **columns
+        catalog=items.catalog, catalog_gaps=items.gaps, report=report, item_order=order,
+        image_root=root, **columns,
     )
 
 

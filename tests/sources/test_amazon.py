@@ -138,7 +138,7 @@ def test_reviews_of_2023(tmp_path):
     rows = [review_2023(time=1_588_615_855_070), review_2023("U2", "P2", 946_684_800_999)]
     write(tmp_path / "Tea.jsonl.gz", rows)
     raw = amazon.read(tmp_path, None)
-    assert triples(raw) == [("U1", "P1", 1_588_615_855), ("U2", "P2", 946_684_800)]
+    assert triples(raw) == [("U1", "P1", 1_588_615_855.07), ("U2", "P2", 946_684_800.999)]
     assert raw.clock == "seconds"
 
 
