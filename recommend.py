@@ -382,8 +382,7 @@ def show_one(args, run, ranker):
     (ids,), (scores,) = best_items(ranker, rows, args.top)
     if args.json:
         found = recommendation(dataset, args.user, history, ids.tolist(), scores.tolist())
-        letters = (sys.stdout.encoding or "").lower().startswith("utf")    # else \u00e9
-        print(json.dumps(found, ensure_ascii=not letters, indent=1))
+        print(in_json(found))
     else:
         print(as_text(dataset, args.user, history, ids.tolist(), scores.tolist()))
     if args.html:
@@ -391,6 +390,12 @@ def show_one(args, run, ranker):
         people = [(args.user or "somebody new", history, ids[ids > 0].tolist())]
         write_recommendations(args.html, run.settings["model"], dataset, people)
         print(f"the page is {args.html}", file=sys.stderr)
+
+
+def in_json(found) -> str:
+    """As JSON; its letters as \\u00e9 and the like where the output cannot hold them all."""
+    holds_all = (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(found, ensure_ascii=not holds_all, indent=1)
 
 
 if __name__ == "__main__":

@@ -116,3 +116,12 @@ def test_numbers_are_dates_only_if_all_of_them_are():
     assert seconds_of("201707140240") == ([WHEN.timestamp() - 5], "seconds")
     assert seconds_of("1500000000", "1500000001")[1] == "seconds"
     assert seconds_of("1", "2", "3")[1] == "order"
+
+
+@pytest.mark.parametrize("texts", [
+    ("2017-07-14", "20170715"), ("2017-07-14", "42930.5"), ("12", "14 Jul 2017"),
+])
+def test_dates_among_numbers_that_are_no_seconds_are_refused(texts):
+    with pytest.raises(UserError, match="mixes written dates with numbers such as"):
+        seconds_of(*texts)
+    assert seconds_of("2017-07-14", "1500000000")[0] == [1499990400, 1500000000]

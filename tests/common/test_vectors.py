@@ -189,3 +189,31 @@ def test_which_names_are_files(tmp_path):
     assert is_vectors(tmp_path / "run:1.npy")
     assert not is_vectors("ViT-B-32:weights.safetensors") and not is_vectors("org/model")
     assert not is_vectors(None)
+
+
+def test_ids_that_float64_cannot_hold_are_refused(tmp_path):
+    keys = [str(2 ** 53 + 4 * i + 1) for i in range(4)]
+    rows = np.column_stack([np.array(keys, float), np.ones(4)])
+    with pytest.raises(UserError, match="float64 cannot hold: write the ids"):
+        read_vectors(npy(tmp_path, rows), keys)
+
+
+def test_rows_without_ids_need_a_line_for_each_item(tmp_path):
+    with pytest.raises(UserError, match="has lines twice or lines that cannot be used"):
+        read_vectors(npy(tmp_path, ROWS), KEYS, -1)
+    ids_beside(tmp_path)
+    assert read_vectors(tmp_path / "v.npy", KEYS, -1)[0].shape == ROWS.shape
+
+
+def test_ids_beside_vectors_may_begin_with_a_mark(tmp_path):
+    path = ids_beside(tmp_path)
+    beside = tmp_path / "v.ids.txt"
+    beside.write_text("\ufeff" + beside.read_text(), encoding="utf-8")
+    np.testing.assert_array_equal(read_vectors(path, KEYS)[0], ROWS)
+
+
+def test_several_arrays_in_one_file_are_refused(tmp_path):
+    with open(tmp_path / "v.npy", "wb") as file:
+        np.savez(file, a=ROWS)
+    with pytest.raises(UserError, match="several arrays"):
+        read_vectors(tmp_path / "v.npy", KEYS)

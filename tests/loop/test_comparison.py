@@ -233,6 +233,12 @@ def test_a_table_needs_finished_runs(tmp_path, folders):
     refused(done, "sasrec-shop-1 holds no finished run", "--resume")
 
 
+def test_a_file_in_the_way_of_a_table_is_kept_whatever_it_holds(tmp_path, folders):
+    (tmp_path / "tab.md").write_bytes(b"\xff\xfe")
+    run("evaluate.py", *folders, "--out", "tab", cwd=tmp_path)
+    assert (tmp_path / "tab.md~1").read_bytes() == b"\xff\xfe"
+
+
 # ---------------- a page of two runs
 
 def test_a_page_of_one_run_against_another(tmp_path):

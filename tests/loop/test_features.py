@@ -1,5 +1,6 @@
 """extract_features.py: what is encoded, the feature file, work in parts, the command."""
 import contextlib
+import io
 import json
 
 import numpy as np
@@ -353,3 +354,32 @@ def test_addresses_inside_this_machine_are_refused(addresses, shop, tmp_path, ca
     assert not image_features(dataset)["has_image"].any()
     assert "refused 3" in capsys.readouterr().out
     assert not addresses
+
+
+def test_a_text_that_moves_to_another_item_moves_its_vector(tmp_path, capsys):
+    """The distinct sentences stay the same."""
+    write_shop(tmp_path / "shop", items=12)
+    rows = [{"item": f"i{n}", "title": "Garden" if n % 3 else "Kitchen"} for n in range(12)]
+    write_items(tmp_path / "shop", rows)
+    dataset = data.load(tmp_path / "shop", root=tmp_path / "data")
+    before = features(dataset, "text", "hash")["text"]
+    rows[0]["title"] = "Garden"
+    rows[1]["title"] = "Kitchen"
+    write_items(tmp_path / "shop", rows)
+    dataset = data.load(tmp_path / "shop", root=tmp_path / "data")
+    after = features(dataset, "text", "hash")["text"]
+    assert "inputs of shop have changed" in capsys.readouterr().out
+    first, second = (1 + n for n, item in enumerate(dataset.items[1:]) if item["key"] in ("i0", "i1"))
+    swapped = list(range(13))
+    swapped[first], swapped[second] = second, first
+    assert torch.equal(after, before[swapped])
+    assert features(dataset, "text", "hash")["text"].equal(after)
+    assert "have changed" not in capsys.readouterr().out
+
+
+def test_texts_that_are_cut_are_counted(dataset, monkeypatch):
+    monkeypatch.setattr(extract_features, "encode", lambda model, encoder, inputs: (
+        np.eye(len(inputs), 4, dtype=np.float32) + 1, {}, 2))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        features(dataset, "text", "hash")
+    assert "note: 2 of 5 texts are longer than hash reads, and were cut" in said.getvalue()

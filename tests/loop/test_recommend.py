@@ -2,6 +2,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -390,3 +391,11 @@ def test_damaged_keys_of_users_are_named(tmp_path):
         users.write_bytes(damage)
         done = run("recommend.py", "runs/pop-shop-0", "--user", "u1", cwd=tmp_path, ok=False)
         refused(done, "users.txt", "prepare the data again")
+
+
+def test_lists_in_json_can_be_written_in_any_letters(monkeypatch):
+    said = []
+    for encoding in ("cp1252", "utf-8"):
+        monkeypatch.setattr(recommend.sys, "stdout", SimpleNamespace(encoding=encoding))
+        said.append(recommend.in_json({"item": "\u4e59"}))
+    assert said == ['{\n "item": "\\u4e59"\n}', '{\n "item": "\u4e59"\n}']

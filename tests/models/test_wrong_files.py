@@ -155,3 +155,31 @@ def test_weights_without_a_recipe_are_refused(shop, tmp_path):
     text = UNTRAINED.replace("self.N =", "self.w = torch.nn.Linear(1, 1)\n        self.N =")
     done = run("train.py", "--model", write(tmp_path, text), "--data", shop, cwd=tmp_path, ok=False)
     refused(done, "Config has no recipe", "lr")
+
+
+LOSS = 'return {"next_item": F.cross_entropy'
+
+
+@pytest.mark.parametrize("old, new, words", [
+    (LOSS, 'return {} and {"next_item": F.cross_entropy', "forward of the model file must return"),
+    (LOSS, 'return 1.0 or {"next_item": F.cross_entropy', "forward of the model file must return"),
+    ("ignore_index=0)}", "ignore_index=0).detach()}", "0-d tensors with a gradient"),
+    ("ignore_index=0)}", "ignore_index=0, reduction='none')}", "0-d tensors with a gradient"),
+    ("[:, -1] @ table.T\n", "[:, -1] @ table[1:].T\n", "a column for each row of encode_items"),
+    ("[:, -1] @ table.T\n", "[:, -1].detach().numpy() @ table.T.numpy()\n", "returned ndarray"),
+])
+def test_what_a_model_returns_in_another_form_is_one_sentence(shop, tmp_path, old, new, words):
+    path = write(tmp_path, changed(old, new))
+    done = run("train.py", "--model", path, "--data", "shop", "--text", "hash", "--image", "pixels",
+               "--epochs", 1, "--device", "cpu", cwd=tmp_path, ok=False)
+    refused(done, words)
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("    dim: int = 32", '    dim: int = "8"', "Config.dim with a default that is int"),
+    ("    epochs: int = 20", "    epochs: int = 1.5", "Config.epochs with a default that is int"),
+    ("class Model", "PRESETS = ['demo']\nclass Model", "PRESETS as a dict of dicts"),
+    ("class Model", "PRESETS = {'demo': None}\nclass Model", "PRESETS as a dict of dicts"),
+])
+def test_defaults_and_presets_of_another_type_are_named(old, new, said, tmp_path):
+    assert said in sentence(write(tmp_path, changed(old, new)))

@@ -364,3 +364,60 @@ def test_why_a_picture_is_refused(tmp_path, image, why):
     assert any(note.startswith(
         f"items.jsonl: 1 picture paths refused ({why} 1), the first is {image}"
     ) for note in raw.notes)
+
+
+@pytest.mark.parametrize("some, others, shown", [
+    ("12", "12.0", "(12 and 12.0)"), ("012", "12", "(012 and 12)"),
+    ("caf\u00e9", "cafe\u0301", "(caf"), ("mug", "mug\u200b", "(mug"),
+])
+def test_keys_that_are_written_in_two_ways_in_one_column(tmp_path, some, others, shown):
+    lines = ["user,item,time", f"u,{some},1", f"u,{others},2", "u,x,3"]
+    raw = folder.read(write(tmp_path / "own", "\n".join(lines)), None)
+    note, = [note for note in raw.notes if "two ways" in note]
+    assert note.startswith("1 items of interactions.csv seem to be written in two ways")
+    assert shown in note and "count as two" in note
+
+
+def test_keys_that_have_lost_their_digits_are_named(tmp_path):
+    text = "user,item,time\nu,9.78014E+12,1\nv,9.78014E+12,2\n"
+    raw = folder.read(write(tmp_path / "own", text), None)
+    assert any("written like 9.78014E+12" in note for note in raw.notes)
+
+
+def test_ids_in_letters_of_other_scripts_are_no_others(tmp_path):
+    path = write(tmp_path / "own", "user,item,time\nu,\u4e59,1\n", [{"item": "\u4e19"}])
+    assert not any("differently" in note for note in folder.read(path, None).notes)
+
+
+@pytest.mark.parametrize("cell, texts", [
+    ("""['Home' 'Kitchen']""", ["Home, Kitchen"]), ("""["Home", null]""", ["Home"]),
+    ("""['Home', None]""", ["Home"]), ("[sic]", ["[sic]"]),
+])
+def test_lists_that_programs_write_into_cells(tmp_path, cell, texts):
+    path = write(tmp_path / "own")
+    with open(path / "items.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["item", "categories"], ["a", cell]])
+    assert folder.read(path, None).catalog["a"]["text"] == texts
+
+
+def test_of_two_keys_of_one_plain_name_the_one_with_a_text_counts(tmp_path):
+    items = [{"item": "a", "image_url": "a.jpg", "imageUrl": None, "Title": "", "title": "Mug"}]
+    found = folder.read(write(tmp_path / "own", items=items), None).catalog["a"]
+    assert (found["title"], found["images"]) == ("Mug", ["a.jpg"])
+
+
+def test_half_letters_in_names_are_shown_and_written(tmp_path):
+    items = ['{"item": "a", "x\\ud800": "b", "images": ["../\\ud800"]}']
+    raw = folder.read(write(tmp_path / "own", items=items), None)
+    "".join(raw.notes).encode()
+    assert any("x?" in note for note in raw.notes)
+
+
+@pytest.mark.parametrize("items, described", [
+    ([{"item": "a"}], 1), ([{"item": "a"}, {"item": "a"}], -1),
+    ([{"item": f"i{n}"} for n in range(200)] + ["no JSON"], -1),
+])
+def test_lines_that_describe_nothing_new_are_remembered(tmp_path, items, described):
+    path = write(tmp_path / "own", "user,item,time\nu,a,1\nu,i1,2\n", items)
+    with open(prepare(path, tmp_path / "data") / "source.json") as file:
+        assert json.load(file)["described"] == described

@@ -79,3 +79,24 @@ def test_what_does_not_fit_is_one_sentence(folder, tmp_path, kind, sentence):
     damage(folder, kind)
     with pytest.raises(UserError, match=sentence):
         prepare(folder, tmp_path / "data")
+
+
+@pytest.mark.parametrize("lines, sentence", [
+    ("2\t2\nB0\t0\n3\t1\n", "has no asin for itemID 3, and 3 is the asin of another"),
+    ("7\t0\n0\t1\n0\t2\n", "one asin to several itemIDs"),
+    ("B2\t2\nB0\tx\n\t1\nB3\t3\n", "2 of 4 lines cannot be used"),
+    ("B2\t2\nB0\t0\nB1\t1\nB3\t1\n", "1 of 4 lines cannot be used"),
+])
+def test_a_mapping_that_would_merge_items_is_refused(folder, lines, sentence):
+    (folder / "i_id_mapping.csv").write_text("asin\titemID\n" + lines)
+    with pytest.raises(UserError, match=sentence):
+        mmrec.read(folder, None)
+
+
+@pytest.mark.parametrize("rows", [
+    np.array([["a", "b"]] * 4), np.ones((4, 2), complex), np.ones((4, 0)), np.full((4, 2), 1e300),
+])
+def test_features_that_are_no_numbers_are_refused(folder, rows):
+    np.save(folder / "text_feat.npy", rows)
+    with pytest.raises(UserError, match="must have a row of finite numbers"):
+        mmrec.read(folder, None)
