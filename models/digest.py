@@ -1,4 +1,4 @@
-"""Digest: what the five papers of this project taught, in one small model. Not from a paper.
+"""Digest: what the five papers of this project taught, in one model. Not from a paper.
 
 Ids are good at what is bought often, content at what is bought rarely or never, and nearly nobody
 buys a thing again. So: (a) three tables of items, of ids, texts and pictures; in the last two an
@@ -16,9 +16,9 @@ person has an item already; (e) the scores are added.
 What comes from where, and what is new:
  1. SASRec: the causal Transformer and a softmax over all items. MDSRec: for each modality a table,
     an encoder and a prediction, and graphs of like items that carry ids, (1), (4), (5). Each stream
-    has a softmax of its own: one softmax of the sum reaches fewer new items.
+    has a softmax of its own: in the demo shop one softmax of the sum reaches fewer new items.
  2. FMMS-Rec, MSM4SR, SRMML: content mapped into the width of the ids, (2).
- 3. MMSR and the untrained cosine: on new items what knows no ids wins. So texts and pictures have
+ 3. MMSR and the untrained cosine know no ids and are first on new items. So texts and pictures have
     streams that do not read an item's own id, (1) and (2), and the cosine is one, (6) and (7). Its
     weight depends on how often an item was bought; for the target this purchase is not counted.
  4. New: in each step every item is new with a chance, its id 0 in (1) and (3), so that the rest
