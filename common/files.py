@@ -57,6 +57,11 @@ def command(main):
         print(f"error: the memory is full ({first_line(error)}): end what else uses it, or give "
               f"--device cpu or less data", file=sys.stderr)
         sys.exit(2)
+    except UnicodeEncodeError as error:    # the name of a file
+        letters = ascii(error.object[max(error.start - 20, 0):error.end + 20].strip('"'))
+        print(f"error: {letters} is no UTF-8: rename the file or folder of that name",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is on disk", file=sys.stderr)
         sys.exit(130)

@@ -280,6 +280,18 @@ def notes_of_match(catalog, items, described_in, bought_in) -> list:
     return notes
 
 
+def notes_of_undescribed(items, described, file) -> list:
+    """A sentence on the items that a file of descriptions lacks, where they are half or more: then
+    their keys may be written differently."""
+    unknown = [key for key in items if key not in described]
+    if not unknown or 2 * len(unknown) < len(items):
+        return []
+    return [
+        f"{len(unknown)} of {len(items)} items are not in {file}, the first is {unknown[0]}: are "
+        f"the ids written alike?"
+    ]
+
+
 def alike(some, others) -> list:
     """Pairs of keys that may mean the same item: 12 and 12.0, 0012 and 12, a7 and A7."""
     by_form = {bare(key): key for key in others}

@@ -3,5 +3,7 @@
     settings.py      Config <-> command line; model files and their contract
     runs.py          a run's folder: lock, state, log, resume; building a model, opening a run again
     pretraining.py   --pretrain_data, --cold_start, --init
-    report.py        report.html: draws what it is given
+    comparison.py    finished runs -> one table, with paired differences
+    new_items.py     items that a model was not trained on
+    report.py        pages: a run, two runs, recommendations; draws what it is given
 """

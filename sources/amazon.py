@@ -22,7 +22,7 @@ import numpy as np
 
 from common.files import UserError
 from common.interactions import has_own_table
-from common.items import as_list
+from common.items import as_list, notes_of_undescribed
 from common.tables import (
     Defect,
     Keys,
@@ -125,6 +125,8 @@ def read(folder, name) -> Raw:
                 f"{metadata.name}: the pictures of {found['pictures_not_understood']} products are "
                 f"not understood: an address is wanted"
             )
+        if not name:
+            notes += notes_of_undescribed(items.names, catalog, metadata.name)
     report["items_without_metadata"] = len(items.names.keys() - catalog.keys())
     published = {}
     if name in SETS:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import UserError
+from common.items import notes_of_undescribed
 from common.tables import Keys, Raw, each_row, placed, sentences
 
 LANGUAGES = {"UK": "en", "DE": "de", "JP": "ja", "ES": "es", "FR": "fr", "IT": "it"}
@@ -79,7 +80,7 @@ def read(folder, name) -> Raw:
     used = items.names
     catalog, report[products.name] = read_products(products, used)
     report["items_without_metadata"] = len(used) - len(catalog)
-    notes = []
+    notes = [] if name else notes_of_undescribed(used, catalog, products.name)
     images = find_images(folder)
     if images:
         report["items_without_picture"] = len(used) - add_images(catalog, images, used)

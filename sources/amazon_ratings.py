@@ -12,6 +12,7 @@ import re
 
 from common.files import UserError
 from common.interactions import FILES, Interactions, has_own_table
+from common.items import notes_of_undescribed
 from common.tables import CSV, Form, Raw, first_row
 
 from .amazon import HOSTS, read_metadata
@@ -50,6 +51,7 @@ def read(folder, name) -> Raw:
     metadata = sorted(path for path in folder.iterdir() if META.fullmatch(path.name))
     if metadata:
         catalog, report[metadata[0].name] = read_metadata(metadata[0], sold)
+        columns["notes"] += notes_of_undescribed(sold, catalog, metadata[0].name)
     report["items_without_metadata"] = len(sold.keys() - catalog.keys())
     return Raw(catalog=catalog, report=report, picture_hosts=HOSTS, **columns)
 

@@ -22,6 +22,7 @@ from functools import lru_cache
 import numpy as np
 
 from common.files import UserError
+from common.items import notes_of_undescribed
 from common.tables import Keys, Raw, clean_text, each_row, placed, sentences
 
 NAMES = ("hm",)
@@ -73,7 +74,7 @@ def read(folder, name, by="article") -> Raw:
     if by == "product":
         items = sold_articles.renamed(lambda article: article[:digits])
     sold = items.names
-    images = find_images(folder, sold, digits)
+    images, others = find_images(folder, sold, digits)
     texts = {}
     articles = placed(folder, ARTICLES)
     if articles:
@@ -88,6 +89,13 @@ def read(folder, name, by="article") -> Raw:
     notes = []
     if not images:
         notes.append("no picture of an article was found under images/NNN/NNNNNNNNNN.jpg")
+    elif others:
+        notes.append(
+            f"{len(others)} pictures are of no article that was sold, or are not called "
+            f"images/NNN/NNNNNNNNNN.jpg, the first is {others[0]}"
+        )
+    if articles and not name:
+        notes += notes_of_undescribed(sold, texts, articles.name)
     return Raw(
         users, items, times, catalog,
         report=report,
@@ -172,20 +180,22 @@ def pictures_in(folder) -> int:
     return len(picture_files(folder))
 
 
-def find_images(folder, sold, digits) -> dict:
-    """sold item -> paths of its articles' pictures, in the articles' order, at most MAX_IMAGES."""
-    images = {}
+def find_images(folder, sold, digits) -> tuple:
+    """(sold item -> paths of its articles' pictures, in the articles' order, at most MAX_IMAGES;
+    paths of pictures of nothing that was sold)"""
+    images, others = {}, []
     found_in = {}    # article -> folder; a second one may have the same pictures in another size
     for path in picture_files(folder):
         match = PICTURE.fullmatch(path)
         if not match or match[2][:digits] not in sold:
+            others.append(path)
             continue
         if found_in.setdefault(match[2], match[1]) != match[1]:
             continue
         paths = images.setdefault(match[2][:digits], [])
         if len(paths) < MAX_IMAGES:
             paths.append(path)
-    return images
+    return images, others
 
 
 def article_id(text) -> str:

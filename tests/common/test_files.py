@@ -47,6 +47,8 @@ def raising(error):
     (raising(OSError("the disk is full")), 2, "error: the disk is full\n"),
     (raising(MemoryError()), 2, "error: the memory is full (MemoryError): end what "
      "else uses it, or give --device cpu or less data\n"),
+    (lambda: "caf\udce9.txt".encode(), 2,
+     "error: 'caf\\udce9.txt' is no UTF-8: rename the file or folder of that name\n"),
     (raising(KeyboardInterrupt()), 130, "\nstopped; what was finished is on disk\n"),
 ], ids=["done", "a code", "user error", "full disk", "memory", "interrupted"])
 def test_how_a_script_ends(capsys, main, code, told):

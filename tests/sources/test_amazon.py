@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import data
 from common.files import UserError, read_json
 from helpers import send
 from sources import amazon, prepare
@@ -441,3 +442,19 @@ def test_real_files_of_2018(real):
     texts = [text for item in raw.catalog.values() for text in (item["title"], *item["text"])]
     assert not any("<" in text for text in texts)
     assert sum(bool(item["images"]) for item in raw.catalog.values()) == 130
+
+
+@pytest.mark.parametrize("described, noted", [(["a1", "a2", "A3"], True), (["A1", "A2"], False)])
+def test_products_that_are_described_under_other_names_are_counted(tmp_path, described, noted):
+    write(tmp_path / "Tea.json.gz", [review("U", item) for item in ("A1", "A2", "A3")])
+    write(tmp_path / "meta_Tea.json.gz", [{"asin": key, "title": "x"} for key in described])
+    notes = amazon.read(tmp_path, None).notes
+    assert notes == noted * ["2 of 3 items are not in meta_Tea.json.gz, the first is A1: are the "
+                             "ids written alike?"]
+
+
+def test_the_order_inside_a_second_is_kept(tmp_path):
+    rows = [review_2023("U", f"P{n}", time=1_588_615_855_000 + 100 * n) for n in (3, 1, 2, 3)]
+    write(tmp_path / "Tea.jsonl.gz", rows)
+    dataset = data.load(tmp_path, root=tmp_path / "data")
+    assert [dataset.items[i]["key"] for i in dataset.flat] == ["P1", "P2", "P3"]

@@ -326,3 +326,11 @@ def test_real_sample_by_product(real, tmp_path):
     counts = steps(raw, tmp_path / "data")
     assert counts["exact duplicates dropped"] == (1364, 10010, 28516)
     assert counts["5-core"] == (664, 1248, 12812)
+
+
+def test_pictures_of_no_article_are_counted(tmp_path):
+    sales(tmp_path, sale("0108775015"), sale("0108775044"))
+    pictures(tmp_path, "010/0108775015.jpg", "010/108775044.jpg", "010/0108775044.webp")
+    note, = hm.read(tmp_path, None).notes
+    assert note.startswith("2 pictures are of no article that was sold")
+    assert "the first is images/010/0108775044.webp" in note
