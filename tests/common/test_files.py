@@ -50,7 +50,7 @@ def raising(error):
     (lambda: "caf\udce9.txt".encode(), 2,
      "error: 'caf\\udce9.txt' is no UTF-8: rename the file or folder of that name\n"),
     (raising(KeyboardInterrupt()), 130, "\nstopped; what was finished is on disk\n"),
-], ids=["done", "a code", "user error", "full disk", "memory", "interrupted"])
+], ids=["done", "a code", "user error", "full disk", "memory", "no UTF-8", "interrupted"])
 def test_how_a_script_ends(capsys, main, code, told):
     with pytest.raises(SystemExit) as end:
         command(main)
