@@ -48,6 +48,7 @@ from .settings import has_recipe, load_model_file, wrong_values
 
 STAGES = ("pretrain", "train")    # in their order
 LONGER = ("epochs", "patience")   # settings that may grow when a run is resumed
+PATHS = ("text", "image", "encoders", "model_file")    # settings that may be paths
 # of runs that were begun without these settings
 SINCE = {
     "valid_every": 1, "valid_users": None, "cut": None, "precision": "bfloat16", "widths": {},
@@ -393,12 +394,12 @@ def settings_of(job, seed) -> dict:
 
 def made_with(job) -> dict:
     """What can be another under the same settings: the model file, what it READS of items (of
-    pictures that it reads itself, only which there are), the kind of device, --compile."""
+    pictures that it reads itself, only their names), the kind of device, --compile."""
     tensors = {key: value for key, value in job.catalog.items() if torch.is_tensor(value)}
-    lists = [[str(x) for x in job.catalog.get(key, ())] for key in RAW.values()]
+    pictures = [Path(path or "").name for path in job.catalog.get("image_paths", ())]
     return {
         "code": sha256(job.module.__file__),
-        "inputs": tensors_sha256(tensors, lists),
+        "inputs": tensors_sha256(tensors, [job.catalog.get("titles", []), pictures]),
         "device": job.device.type,
         "compile": job.args.compile,
     }
@@ -475,6 +476,13 @@ def has_settings(folder, settings) -> bool:
     return not longer and not changed_since(folder, settings)
 
 
+def name_alone(value):
+    """A path without its folders; of a dict, of each value."""
+    if isinstance(value, dict):
+        return {key: name_alone(one) for key, one in value.items()}
+    return Path(value).name if isinstance(value, str) else value
+
+
 def changed_since(folder, settings) -> list:
     """Names of what a run was made with that are not the same now."""
     before = read_json(folder / "config.json", dict, AGAIN).get("made_with")
@@ -493,6 +501,9 @@ def refuse_other_settings(folder, settings) -> list:
     # was made with may change under a run that goes on, which is said
     changed = [name for name in now if name not in ("config", "data", "made_with")]
     changed = [name for name in changed if before.get(name) != now[name]]
+    if not changed_since(folder, settings):    # a file that lies elsewhere now is the same
+        changed = [name for name in changed if name not in PATHS
+                   or name_alone(before.get(name)) != name_alone(now[name])]
     numbers = [name for name in changed if name in LONGER and has_form(before.get(name, 0), int)]
     longer = [name for name in numbers if before.get(name, 0) < now[name]]
     if "epochs" in longer and now.get("schedule", "constant") != "constant":
@@ -501,6 +512,8 @@ def refuse_other_settings(folder, settings) -> list:
             f"{now['schedule']} over {before['epochs']} epochs; train it anew without --resume"
         )
     changed = [name for name in changed if name not in longer]
+    if "inputs" in changed_since(folder, settings):    # epochs on two sets of features
+        changed.append("the features")
     if changed:
         raise UserError(
             f"{folder} was begun with other settings ({', '.join(changed)}): resume with the same "

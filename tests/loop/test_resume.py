@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from common.files import alone_in, load_tensors, save_tensors
-from helpers import ROOT, refused, run
+from helpers import ROOT, refused, run, write_shop
 from loop.runs import Progress, Saved, cut_log, save_state
 
 CONTENT = ("--text", "hash", "--image", "pixels")
@@ -225,3 +226,19 @@ def test_tensors_that_were_read_do_not_map_their_file(tmp_path):
     tensors, _ = load_tensors(tmp_path / "state.safetensors")
     assert "state.safetensors" not in Path("/proc/self/maps").read_text()
     assert tensors["a"].sum() == 100_000
+
+
+def test_a_project_that_was_moved_is_resumed_with_its_own_files(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    write_shop(old / "shop")
+    shutil.copy(ROOT / "models" / "cosine.py", old / "mine.py")
+    run("train.py", "--model", "pop", "--data", "shop", cwd=old)
+    items = (old / "data" / "shop" / "items.jsonl").read_text().splitlines()
+    np.save(old / "v.npy", np.random.default_rng(0).normal(size=(len(items), 4)))
+    args = ("train.py", "--model", "mine.py", "--data", "shop", "--text", "v.npy", "--image",
+            "pixels", "--modality", "text", "--resume")
+    run(*args, cwd=old)
+    old.rename(new)
+    assert "runs/mine-shop-0 is finished" in run(*args, cwd=new).stdout
+    np.save(new / "v.npy", np.ones((len(items), 4)))
+    refused(run(*args, cwd=new, ok=False), "begun with other settings (the features)")
