@@ -358,8 +358,10 @@ def seeds_of(args) -> list:
     if args.seeds is None:
         if args.seed is None:
             return [0]
-        if not 0 <= args.seed < 2 ** 63:
-            raise UserError(f"--seed {args.seed} must be between 0 and 2^63")
+        if args.seed < 0:
+            raise UserError(f"--seed {args.seed} must not be negative")
+        if args.seed >= 2 ** 63:
+            raise UserError(f"--seed {args.seed} must be below 2^63")
         return [args.seed]
     if args.seed is not None:
         raise UserError("give --seed or --seeds, not both")
@@ -368,7 +370,7 @@ def seeds_of(args) -> list:
         raise UserError(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2")
     seeds = [int(text) for text in texts]
     if max(seeds) >= 2 ** 63:
-        raise UserError(f"--seeds {args.seeds} has a seed that is not below 2^63")
+        raise UserError(f"--seeds {args.seeds}: each must be below 2^63")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {args.seeds} names a seed twice: give each once")
     return seeds

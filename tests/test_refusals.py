@@ -94,6 +94,7 @@ COMMANDS = [
     "train.py --model pop --data shop --seed 1 --seeds 1,2",
     "train.py --model pop --data shop --seeds 1,x",
     "train.py --model pop --data shop --seeds 1,1",
+    "train.py --model pop --data shop --seed 99999999999999999999",
     "train.py --model pop --data shop --seeds 0,99999999999999999999",
     "train.py --model pop --data shop --valid_every 0",
     "train.py --model pop --data shop --valid_users 0",
