@@ -103,10 +103,13 @@ def rows_of(name) -> dict:
 
 
 def numbers_of(runs) -> dict:
-    """A row's numbers, as in the table of `evaluate.py`, and those of cold items without the
-    history."""
+    """A row's numbers, as in the table of `evaluate.py`, those of cold items without the history,
+    and the last epoch that was allowed, where a run was best in it."""
     cold = [run.metrics["groups_masked"].get("cold") for run in runs]
     numbers = comparison.summary(runs)
+    most = [run.settings["config"].get("epochs") for run in runs]
+    if any(run.metrics["best_epoch"] == last for run, last in zip(runs, most)):
+        numbers["last epoch"] = max(most)
     if None not in cold:
         numbers[MASKED_COLD] = comparison.mean_and_spread([group["ndcg@10"] for group in cold])
     return numbers
@@ -137,7 +140,8 @@ def table(name, columns) -> str:
 def cell(row, column, best) -> str:
     if column in OTHER:
         value = row[OTHER[column]]
-        return f"{value:.0f}" if value else ""
+        text = f"{value:.0f}" if value else ""
+        return f"{text} of {row['last epoch']}" if column == "epoch" and "last epoch" in row else text
     if column not in row:
         return ""
     text = comparison.shown(*row[column])

@@ -228,13 +228,14 @@ def test_a_table_is_made_of_runs_that_are_kept(tmp_path, monkeypatch):
     make.keep("shop", sorted((tmp_path / "runs").glob("*-shop-?")))
     kept = tmp_path / "kept" / "shop" / "sasrec-shop-1"
     assert str(tmp_path) not in (kept / "config.json").read_text()
-    page = "a\n<!-- runs shop: N@10, masked N@10, weights -->\nold\n<!-- end -->\nb\n"
+    page = "a\n<!-- runs shop: N@10, masked N@10, epoch, weights -->\nold\n<!-- end -->\nb\n"
     lines = make.written(page).splitlines()
     assert lines[0] == "a"
     assert lines[-2:] == ["<!-- end -->", "b"]
-    assert lines[2] == "| | N@10 | masked N@10 | weights |"
+    assert lines[2] == "| | N@10 | masked N@10 | epoch | weights |"
     rows = {line.split(" | ")[0].strip("| "): line for line in lines[4:6]}
     assert rows.keys() == {"pop", "sasrec"}
+    assert "| 1 of 1 |" in rows["sasrec"] and "of" not in rows["pop"]
     mean = np.mean([
         read_json(tmp_path / f"runs/sasrec-shop-{seed}/metrics.json")["test"]["ndcg@10"]
         for seed in (0, 1)
