@@ -23,8 +23,8 @@ What comes from where, and what is new:
     weight depends on how often an item was bought; for the target this purchase is not counted.
  4. New: in each step every item is new with a chance, its id 0 in (1) and (3), so that the rest
     learns to speak for it. Where new items are bought this is worth much, elsewhere nothing.
- 5. New: r of (8), learned. All of the five recommend what a person has, and learn to push it down,
-    and with it what is like it. Where people do buy things again, r becomes positive.
+ 5. New: r of (8), learned: all of the five recommend what a person has. Where people do buy things
+    again, r becomes positive.
  6. Left out, as they made no difference or cost more than they gave: interest centres, Gaussians,
     fusion by agreement, gates of experts, pre-training, co-occurrence (docs/papers/digest.md).
 
