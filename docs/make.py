@@ -141,7 +141,9 @@ def cell(row, column, best) -> str:
     if column in OTHER:
         value = row[OTHER[column]]
         text = f"{value:.0f}" if value else ""
-        return f"{text} of {row['last epoch']}" if column == "epoch" and "last epoch" in row else text
+        if column == "epoch" and "last epoch" in row:
+            text += f" of {row['last epoch']}"
+        return text
     if column not in row:
         return ""
     text = comparison.shown(*row[column])
