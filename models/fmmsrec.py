@@ -124,9 +124,12 @@ SMALL = dict(
     heads=4, batch_size=256, pretrain_epochs=20, lr=2e-3, schedule="cosine", patience=40,
     clip_norm=5.0,
 )
+DEMO = SMALL | dict(dim=64, dropout=0.1, input_dropout=0.1, batch_size=128, epochs=40)
 PRESETS = {
     "scientific-mm": SMALL | dict(dim=128, dropout=0.3, input_dropout=0.3, epochs=40),
-    "demo": SMALL | dict(dim=64, dropout=0.1, input_dropout=0.1, batch_size=128, epochs=20),
+    "demo": DEMO,
+    "demo-missing": DEMO | dict(epochs=20),
+    "demo-content": DEMO | dict(epochs=20),
 }
 
 
