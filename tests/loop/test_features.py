@@ -363,14 +363,14 @@ def test_a_text_that_moves_to_another_item_moves_its_vector(tmp_path, capsys):
     write_items(tmp_path / "shop", rows)
     dataset = data.load(tmp_path / "shop", root=tmp_path / "data")
     before = features(dataset, "text", "hash")["text"]
-    rows[0]["title"] = "Garden"
-    rows[1]["title"] = "Kitchen"
+    rows[3]["title"] = "Garden"
+    rows[4]["title"] = "Kitchen"
     write_items(tmp_path / "shop", rows)
     dataset = data.load(tmp_path / "shop", root=tmp_path / "data")
     after = features(dataset, "text", "hash")["text"]
     assert "inputs of shop have changed" in capsys.readouterr().out
     keys = [item["key"] for item in dataset.items]
-    first, second = keys.index("i0"), keys.index("i1")
+    first, second = keys.index("i3"), keys.index("i4")
     swapped = list(range(13))
     swapped[first], swapped[second] = second, first
     assert torch.equal(after, before[swapped])
