@@ -607,6 +607,11 @@ def open_run(folder, device=None, where=None) -> Run:
     if not has_form(settings, SETTINGS) or settings["split"] not in SPLITS:
         raise UserError(f"{folder} has a config.json of no run: train it again")
     refuse_own_code(folder, settings["model_file"])
+    if settings["model_file"].endswith(".py") and not Path(settings["model_file"]).is_file():
+        raise UserError(
+            f"{folder} was trained with {settings['model_file']}, which is no longer there: put it "
+            f"back, or write its new path into config.json (model_file)"
+        )
     module = load_model_file(settings["model_file"])
     device = pick_device(device)
     where = where or where_data_is(folder, settings)

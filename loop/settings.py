@@ -163,10 +163,15 @@ def faults_of_class(kind, name, methods):
     """Methods that a class does not define."""
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
         return [f"{name} as a class, a torch.nn.Module"]
-    return [
+    faults = [
         f"{name}.{method}" for method in methods
         if getattr(kind, method, None) in (None, getattr(nn.Module, method, None))
     ]
+    try:
+        inspect.signature(kind).bind("cfg", "catalog")
+    except TypeError:
+        faults.append(f"{name}.__init__ that takes cfg and catalog")
+    return faults
 
 
 def faults_of_pretrain(module):

@@ -239,6 +239,8 @@ def test_a_project_that_was_moved_is_resumed_with_its_own_files(tmp_path):
             "pixels", "--modality", "text", "--resume")
     run(*args, cwd=old)
     old.rename(new)
+    moved = run("evaluate.py", "runs/mine-shop-0", cwd=new, ok=False)
+    refused(moved, "was trained with", "mine.py, which is no longer there")
     assert "runs/mine-shop-0 is finished" in run(*args, cwd=new).stdout
     np.save(new / "v.npy", np.ones((len(items), 4)))
     refused(run(*args, cwd=new, ok=False), "begun with other settings (the features)")

@@ -179,7 +179,11 @@ def test_what_a_model_returns_in_another_form_is_one_sentence(shop, tmp_path, ol
     ("    dim: int = 32", '    dim: int = "8"', "Config.dim with a default that is int"),
     ("    epochs: int = 20", "    epochs: int = 1.5", "Config.epochs with a default that is int"),
     ("class Model", "PRESETS = ['demo']\nclass Model", "PRESETS as a dict of dicts"),
+    ("def __init__(self, cfg, catalog):", "def __init__(self, cfg, catalog=None, *, more):",
+     "Model.__init__ that takes cfg and catalog"),
+    ("def __init__(self, cfg, catalog):", "def __init__(self, cfg):",
+     "Model.__init__ that takes cfg and catalog"),
     ("class Model", "PRESETS = {'demo': None}\nclass Model", "PRESETS as a dict of dicts"),
 ])
-def test_defaults_and_presets_of_another_type_are_named(old, new, said, tmp_path):
+def test_defaults_presets_and_arguments_of_another_form_are_named(old, new, said, tmp_path):
     assert said in sentence(write(tmp_path, changed(old, new)))
