@@ -107,18 +107,20 @@ def ranks_of(model, rows, device, budget=None):
         bar = Bar("ranking", -(-len(rows) // size), " parts")
         for chunk, index, inputs in bar.over(in_chunks(rows, size, device)):
             target = rows.flat[rows.end[index]]
-            scores = model.score(inputs, table)
-            refuse_other_shape(scores, len(chunk), rows_in(table))
-            beats = items_that_beat(scores.float(), target)
+            beats = items_that_beat(scores_of(model, inputs, table), target)
             plain[index] = beats.sum(1)
             seen = rows.seen(index, int(rows.history[chunk].max()))
             masked[index] = beats.scatter_(1, seen, False).sum(1)
     return plain.cpu().numpy(), masked.cpu().numpy()
 
 
-def refuse_other_shape(scores, users, width):
-    """Raises UserError for scores of a model file that are no (users, N + 1): with a column less,
-    every item would have its neighbour's."""
+def scores_of(model, inputs, table):
+    """A model's scores of all items, float32: (B, N+1).
+
+    Raises UserError for another shape: with a column less, every item would have its neighbour's.
+    """
+    scores = model.score(inputs, table)
+    users, width = len(inputs["seq"]), rows_in(table)
     shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
     if shape != (users, width):
         raise UserError(
@@ -126,6 +128,7 @@ def refuse_other_shape(scores, users, width):
             f"({users}, {width}) is wanted: a column for each row of encode_items, the first is "
             f"padding"
         )
+    return scores.float()
 
 
 def in_chunks(rows, size, device):

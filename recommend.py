@@ -35,7 +35,7 @@ from common.files import (
 )
 from common.progress import Bar
 from data import Rows
-from evaluate import chunk_size, in_chunks, ranking, refuse_other_shape, rows_in
+from evaluate import chunk_size, in_chunks, ranking, rows_in, scores_of
 from loop.new_items import model_of_more
 from loop.report import write_recommendations
 from loop.runs import RAW, open_run
@@ -80,9 +80,7 @@ def best_items(ranker, rows, k):
 @torch.no_grad()
 def best_of_chunk(ranker, inputs, seen, k):
     """Scores and ids (B, k) of rows that are scored at once. seen: (B, M) ids to leave out."""
-    scores = ranker.model.score(inputs, ranker.table)
-    refuse_other_shape(scores, len(inputs["seq"]), rows_in(ranker.table))
-    scores = scores.float()
+    scores = scores_of(ranker.model, inputs, ranker.table)
     if scores.stride(0) == 0:    # one row for all users
         scores = scores.clone()
     scores[:, 0] = -torch.inf    # padding is no item

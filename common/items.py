@@ -7,12 +7,11 @@ as in interactions.py.
 import ast
 import json
 import re
-import unicodedata
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 
 from .files import SURROGATE, UserError
-from .interactions import ITEMS, find, plain_name
+from .interactions import ITEMS, find, one_form, plain_name
 from .tables import (
     MISSING,
     clean_text,
@@ -78,7 +77,7 @@ class Items:
     def read(self, path, form=None) -> dict:
         """Add items.jsonl or a table of items -> the counts of its lines. Raises UserError."""
         counts = self.read_lines(path, form)
-        self.gaps |= self.twice > 0 or counts["lines"] > len(self.catalog)
+        self.gaps = counts["lines"] > len(self.catalog)
         return counts
 
     def read_lines(self, path, form):
@@ -299,5 +298,4 @@ def alike(some, others) -> list:
 
 
 def bare(key) -> str:
-    letters = filter(str.isalnum, unicodedata.normalize("NFC", key.removesuffix(".0")).casefold())
-    return "".join(letters).lstrip("0") or key
+    return "".join(filter(str.isalnum, one_form(key).casefold())).lstrip("0") or key

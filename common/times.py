@@ -50,15 +50,15 @@ class Times:
     def add(self, text) -> bool:
         """Whether a text is understood: a number, an ISO date, or another usual form of a date."""
         value = number(text)
-        latest = np.inf
+        is_number = value is not None
+        latest = np.inf if is_number else YEAR_2100
         if value is None:
-            latest = YEAR_2100
             value = iso(text)
         if value is None:
             value = self.date_of(text)
         if value is None or not 0 <= value < latest:
             return False
-        if latest == np.inf:
+        if is_number:
             self.numbers += 1
             self.least = min(self.least, value)
         self.values.append(value)

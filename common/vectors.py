@@ -60,13 +60,13 @@ def read_vectors(path, keys, described=None) -> tuple:
     if not np.isfinite(rows).all():
         bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
         raise UserError(f"{path}, row {bad} (counted from 0) has a number that is not finite")
-    if ids is None and described == -1:
-        raise UserError(
-            f"{path} does not say whose its rows are, and the file of items has lines twice or "
-            f"lines that cannot be used: write the items' keys into {ids_beside(path).name}, one a "
-            f"line, a line for each row"
-        )
     if ids is None:
+        if described == -1:
+            raise UserError(
+                f"{path} does not say whose its rows are, and the file of items has lines twice or "
+                f"lines that cannot be used: write the items' keys into {ids_beside(path).name}, "
+                f"one a line, a line for each row"
+            )
         notes.append(f"the rows of {path.name} are taken in the order of the catalog, the first is "
                      f"{keys[0]}'s")
         return in_order(path, rows, keys, described or len(keys)), notes

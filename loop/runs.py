@@ -16,6 +16,7 @@ import random
 import shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,19 @@ class Job:
     @property
     def label(self):
         return f"{self.args.model} on {self.dataset.name}"
+
+    @cached_property
+    def made_with(self) -> dict:
+        """What can be another under the same settings: the model file, what it READS of items (of
+        pictures that it reads itself, only their names), the kind of device, --compile."""
+        tensors = {key: value for key, value in self.catalog.items() if torch.is_tensor(value)}
+        pictures = [Path(path or "").name for path in self.catalog.get("image_paths", ())]
+        return {
+            "code": sha256(self.module.__file__),
+            "inputs": tensors_sha256(tensors, [self.catalog.get("titles", []), pictures]),
+            "device": self.device.type,
+            "compile": self.args.compile,
+        }
 
     def folder(self, seed):
         """Where the run of a seed lies."""
@@ -388,20 +402,7 @@ def settings_of(job, seed) -> dict:
         "widths": widths_of(job.catalog),
         "config": dataclasses.asdict(job.cfg),
         "sequences_sha256": job.dataset.about["sequences_sha256"],
-        "made_with": made_with(job),
-    }
-
-
-def made_with(job) -> dict:
-    """What can be another under the same settings: the model file, what it READS of items (of
-    pictures that it reads itself, only their names), the kind of device, --compile."""
-    tensors = {key: value for key, value in job.catalog.items() if torch.is_tensor(value)}
-    pictures = [Path(path or "").name for path in job.catalog.get("image_paths", ())]
-    return {
-        "code": sha256(job.module.__file__),
-        "inputs": tensors_sha256(tensors, [job.catalog.get("titles", []), pictures]),
-        "device": job.device.type,
-        "compile": job.args.compile,
+        "made_with": job.made_with,
     }
 
 
@@ -501,7 +502,8 @@ def refuse_other_settings(folder, settings) -> list:
     # was made with may change under a run that goes on, which is said
     changed = [name for name in now if name not in ("config", "data", "made_with")]
     changed = [name for name in changed if before.get(name) != now[name]]
-    if not changed_since(folder, settings):    # a file that lies elsewhere now is the same
+    made = changed_since(folder, settings)
+    if not made:    # a file that lies elsewhere now is the same
         changed = [name for name in changed if name not in PATHS
                    or name_alone(before.get(name)) != name_alone(now[name])]
     numbers = [name for name in changed if name in LONGER and has_form(before.get(name, 0), int)]
@@ -512,7 +514,7 @@ def refuse_other_settings(folder, settings) -> list:
             f"{now['schedule']} over {before['epochs']} epochs; train it anew without --resume"
         )
     changed = [name for name in changed if name not in longer]
-    if "inputs" in changed_since(folder, settings):    # epochs on two sets of features
+    if "inputs" in made:    # epochs on two sets of features
         changed.append("the features")
     if changed:
         raise UserError(
